@@ -1,0 +1,356 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""The configuration: every field of TRL's `GRPOConfig`, and those of the distillation."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from trl import GRPOConfig
+
+from .kernels.dispatch import BACKENDS
+from .kernels.supports import SUPPORTS, TAILS
+from .losses import nearest_name, resolve_divergence
+
+CREDITS = ("direct", "policy_gradient")
+
+
+class _OneGeneration(int):
+    """A 1 that passes GRPO's `num_generations < 2` test, so that the checks behind that test run unchanged."""
+
+    def __lt__(self, other: object) -> bool:
+        return False if other == 2 else int(self) < other  # type: ignore[operator]
+
+
+@dataclass
+class OnPolicyDistillConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`OnPolicyDistillTrainer`].
+
+    It includes only the parameters of on-policy distillation. For the others see [`~trl.GRPOConfig`] (generation,
+    vLLM, tools, clipping, `loss_type`, `beta`) and [`~transformers.TrainingArguments`]. Defaults that differ from
+    theirs: `num_generations=1`.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the teacher
+
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments for `from_pretrained` when `teacher_model` is a path or hub id: `revision`, `dtype`
+            (default `"auto"`, the checkpoint's own), `quantization_config`, `attn_implementation`, `device_map`, ...
+
+        > Parameters that control the objective
+
+        divergence (`str`, *optional*, defaults to `"reverse_kl"`):
+            How the gap between student and teacher is measured at each token. One of `"forward_kl"`, `"reverse_kl"`,
+            `"generalized_jsd"`, `"skew_forward_kl"`, `"skew_reverse_kl"`, `"total_variation"`, `"alpha_divergence"`,
+            `"alpha_beta_divergence"`, `"todi"`, `"adaptive_kl"`; formulas in `trl_opd.losses`.
+        divergence_kwargs (`dict[str, float]` or `str`, *optional*):
+            Parameters of the divergence, e.g. `{"beta": 0.5}` of the generalized JSD (0 is the forward KL, 1 the
+            reverse KL).
+        support (`str`, *optional*, defaults to `"full"`):
+            Vocabulary entries to compare: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`, or
+            `"sampled"` (the sampled token alone; needs `credit="policy_gradient"`).
+        support_size (`int`, *optional*, defaults to `64`):
+            K of the top-k supports.
+        support_tail (`str`, *optional*, defaults to `"bucket"`):
+            What becomes of the entries outside a top-k support: `"bucket"` (one entry holds the rest),
+            `"renormalize"` or `"none"` (raw sum; with reverse KL it pushes mass out of the support).
+        credit (`str`, *optional*, defaults to `"direct"`):
+            How the gap becomes a gradient. `"direct"`: backpropagation through the divergence. `"policy_gradient"`:
+            per-token advantage teacher − student log-prob of the sampled token, through GRPO's surrogate.
+        discount (`float`, *optional*, defaults to `0.0`):
+            With `credit="policy_gradient"`, weight of later tokens' gaps in a token's advantage, in [0, 1].
+        advantage_clip (`float`, *optional*):
+            With `credit="policy_gradient"`, bound on the absolute value of the distillation advantage, in nats.
+        distill_temperature (`float`, *optional*):
+            Temperature of both distributions in the divergence. Defaults to `temperature`, at which the student
+            samples.
+
+        > Parameters that control which tokens count
+
+        special_token_masking (`list[str]`, *optional*):
+            Tokens that leave the distillation loss: names or ids of single tokens (e.g. `["<|im_end|>", "<think>"]`),
+            and the groups `"special"` (the tokenizer's special tokens) and `"added"` (all its added tokens).
+
+        > Parameters that control the mix with rewards
+
+        distill_coef (`float`, *optional*, defaults to `1.0`):
+            Coefficient of the distillation term.
+        reward_coef (`float`, *optional*, defaults to `1.0`):
+            Coefficient of GRPO's policy term where `reward_funcs` are given (it scales the advantages; `beta` and
+            `entropy_coef` keep their own scale). `0.0` logs the rewards and trains on the teacher alone.
+
+        > Parameters that control the computation
+
+        loss_backend (`str`, *optional*, defaults to `"auto"`):
+            Implementation of the fused divergence: `"torch"` (chunked reference), `"liger"`, or `"auto"`.
+        loss_chunk_mib (`int`, *optional*):
+            Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 128 on a CPU.
+        overlap_top_k (`int`, *optional*, defaults to `16`):
+            Size of the student's and teacher's top sets whose overlap is logged; `0` turns the metric off.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "divergence_kwargs",
+    ]
+
+    # Parameters whose default values are overridden from GRPOConfig
+    num_generations: int | None = field(
+        default=1,
+        metadata={
+            "help": "Number of completions to sample per prompt. 1 is enough for distillation; training on rewards "
+            "needs at least 2. The effective batch size must be divisible by it."
+        },
+    )
+
+    # Parameters that control the teacher
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `from_pretrained` when `teacher_model` is a path or hub id (`revision`, "
+            "`dtype`, `quantization_config`, ...). `dtype` defaults to 'auto', the checkpoint's own."
+        },
+    )
+
+    # Parameters that control the objective
+    divergence: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "Divergence between student and teacher at each token: 'forward_kl', 'reverse_kl', "
+            "'generalized_jsd', 'skew_forward_kl', 'skew_reverse_kl', 'total_variation', 'alpha_divergence', "
+            "'alpha_beta_divergence', 'todi' or 'adaptive_kl'."
+        },
+    )
+    divergence_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the divergence, e.g. '{\"beta\": 0.5}'."}
+    )
+    support: str = field(
+        default="full",
+        metadata={
+            "help": "Vocabulary entries to compare: 'full', 'teacher_top_k', 'student_top_k', 'union_top_k' or "
+            "'sampled' (with credit='policy_gradient')."
+        },
+    )
+    support_size: int = field(default=64, metadata={"help": "K of the top-k supports."})
+    support_tail: str = field(
+        default="bucket",
+        metadata={"help": "Entries outside a top-k support: 'bucket', 'renormalize' or 'none'."},
+    )
+    credit: str = field(
+        default="direct",
+        metadata={
+            "help": "How the gap becomes a gradient: 'direct' (through the divergence) or 'policy_gradient' "
+            "(per-token advantages through GRPO's surrogate)."
+        },
+    )
+    discount: float = field(
+        default=0.0,
+        metadata={"help": "Weight of later tokens in a token's advantage (credit='policy_gradient'), in [0, 1]."},
+    )
+    advantage_clip: float | None = field(
+        default=None,
+        metadata={"help": "Bound on the absolute distillation advantage in nats (credit='policy_gradient')."},
+    )
+    distill_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of both distributions in the divergence. Defaults to `temperature`."},
+    )
+
+    # Parameters that control which tokens count
+    special_token_masking: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that leave the distillation loss: single tokens, or the groups 'special' and 'added'."
+        },
+    )
+
+    # Parameters that control the mix with rewards
+    distill_coef: float = field(default=1.0, metadata={"help": "Coefficient of the distillation term."})
+    reward_coef: float = field(
+        default=1.0,
+        metadata={"help": "Coefficient of GRPO's policy term where `reward_funcs` are given. 0 only logs rewards."},
+    )
+
+    # Parameters that control the computation
+    loss_backend: str = field(
+        default="auto", metadata={"help": "Implementation of the fused divergence: 'auto', 'torch' or 'liger'."}
+    )
+    loss_chunk_mib: int | None = field(
+        default=None,
+        metadata={"help": "Memory in MiB for the logits of one chunk. Default: 512 on an accelerator, 128 on a CPU."},
+    )
+    overlap_top_k: int = field(
+        default=16, metadata={"help": "Size of the top sets whose overlap is logged; 0 turns the metric off."}
+    )
+
+    def __post_init__(self) -> None:
+        one = self.num_generations == 1
+        if one:
+            self.num_generations = _OneGeneration(1)
+        super().__post_init__()
+        if one:
+            self.num_generations = 1
+        self.validate_distillation()
+
+    @classmethod
+    def from_grpo_config(cls, config: GRPOConfig) -> "OnPolicyDistillConfig":
+        """
+        Promote a `GRPOConfig`: every field keeps its value, and the fields of the distillation get their defaults.
+
+        Args:
+            config ([`~trl.GRPOConfig`]): The configuration of a GRPO script.
+
+        Returns:
+            [`OnPolicyDistillConfig`]
+        """
+        # Not through `__init__`: the given config is checked already, and holds derived fields that exclude each other
+        promoted = cls.__new__(cls)
+        promoted.__dict__.update(vars(config))
+        for f in fields(cls):
+            if f.name not in promoted.__dict__:
+                setattr(promoted, f.name, f.default)
+        promoted.validate_distillation()
+        return promoted
+
+    @property
+    def divergence_temperature(self) -> float:
+        """Temperature at which both models are compared."""
+        return self.temperature if self.distill_temperature is None else self.distill_temperature
+
+    def validate_distillation(self) -> None:
+        """
+        Check the fields of the distillation and how they combine.
+
+        Raises:
+            ValueError: Naming the field, its rule, the value, what breaks and what to set.
+        """
+        masking: Any = self.special_token_masking
+        if isinstance(masking, str):
+            self.special_token_masking = [masking]
+        self._check_names()
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_names(self) -> None:
+        resolve_divergence(self.divergence, self.divergence_kwargs)  # type: ignore[arg-type]
+        for name, valid in (
+            ("support", SUPPORTS),
+            ("support_tail", TAILS),
+            ("credit", CREDITS),
+            ("loss_backend", BACKENDS),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"{name} must be a known name, got {value!r}.{nearest_name(value, list(valid))}")
+
+    def _check_ranges(self) -> None:
+        def require(name: str, valid: bool, rule: str, breaks: str, remedy: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}. {breaks} {remedy}")
+
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        require(
+            "max_completion_length",
+            self.max_completion_length is not None and self.max_completion_length >= 1,
+            "at least 1",
+            "Without completion tokens there is nothing to train on.",
+            "Set the longest completion the student may sample.",
+        )
+        require(
+            "support_size",
+            isinstance(self.support_size, int) and self.support_size >= 1,
+            "a whole number of at least 1",
+            "It is the number of vocabulary entries in a top-k support.",
+            "Set 16 to 100 (the range in use), or support='full'.",
+        )
+        require(
+            "discount",
+            number(self.discount) and 0 <= self.discount <= 1,
+            "in [0, 1]",
+            "It weighs later tokens in a token's advantage.",
+            "Set 0 for per-token credit.",
+        )
+        for name in ("advantage_clip", "distill_temperature"):
+            value = getattr(self, name)
+            require(
+                name,
+                value is None or (number(value) and value > 0),
+                "above 0",
+                "A bound or a temperature of 0 removes the signal.",
+                "Leave it unset for none.",
+            )
+        for name in ("distill_coef", "reward_coef"):
+            value = getattr(self, name)
+            require(
+                name,
+                number(value) and value >= 0,
+                "a finite number of at least 0",
+                "A negative coefficient would train away from the teacher or the reward.",
+                "Set 0 to turn the term off.",
+            )
+        require(
+            "overlap_top_k",
+            isinstance(self.overlap_top_k, int) and self.overlap_top_k >= 0,
+            "a whole number of at least 0",
+            "It is the size of the compared top sets.",
+            "Set 0 to turn the metric off.",
+        )
+        require(
+            "loss_chunk_mib",
+            self.loss_chunk_mib is None or self.loss_chunk_mib >= 1,
+            "at least 1",
+            "It is the memory for the logits of one chunk.",
+            "Leave it unset for the default.",
+        )
+
+    def _check_combinations(self) -> None:
+        if self.credit == "direct" and self.support == "sampled":
+            raise ValueError(
+                "support must be a vocabulary support with credit='direct', got 'sampled'. Backpropagating the "
+                "sampled token's log-ratio has a zero mean gradient: the teacher drops out of it. Set "
+                "credit='policy_gradient' for the sampled-token form, or support='full'."
+            )
+        if self.credit == "policy_gradient":
+            if self.support != "sampled":
+                raise ValueError(
+                    f"support must be 'sampled' with credit='policy_gradient', got {self.support!r}. The advantage is "
+                    "the teacher's minus the student's log-prob of the sampled token. Set support='sampled', or "
+                    "credit='direct'."
+                )
+            if self.divergence != "reverse_kl":
+                raise ValueError(
+                    f"divergence must be 'reverse_kl' with credit='policy_gradient', got {self.divergence!r}. The "
+                    "advantage teacher − student log-prob is the policy gradient of the reverse KL and of no other. "
+                    "Set divergence='reverse_kl', or credit='direct'."
+                )
+            if self.divergence_temperature != self.temperature:
+                raise ValueError(
+                    f"distill_temperature must equal temperature ({self.temperature}) with credit='policy_gradient', "
+                    f"got {self.distill_temperature!r}. The advantage would compare the teacher with a distribution "
+                    "that the tokens were not sampled from. Leave distill_temperature unset."
+                )
+        elif self.discount != 0 or self.advantage_clip is not None:
+            name = "discount" if self.discount != 0 else "advantage_clip"
+            raise ValueError(
+                f"{name} must be unset with credit='direct', got {getattr(self, name)!r}. It shapes advantages, which "
+                "direct backpropagation does not have. Unset it, or set credit='policy_gradient', support='sampled'."
+            )
+        restricted = self.support in ("teacher_top_k", "student_top_k", "union_top_k")
+        if restricted and self.support_tail == "renormalize" and self.support_size == 1:
+            raise ValueError(
+                "support_size must be at least 2 with support_tail='renormalize', got 1. One renormalised entry has "
+                "probability 1 in both distributions: loss and gradient are identically zero. Set a larger "
+                "support_size, or support_tail='bucket'."
+            )
+        if self.loss_backend == "liger" and (restricted or self.credit != "direct"):
+            raise ValueError(
+                "loss_backend must be 'auto' or 'torch' with a top-k or sampled support, got 'liger'. Liger compares "
+                "whole vocabularies only."
+            )

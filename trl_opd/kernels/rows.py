@@ -1,0 +1,192 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Row arithmetic over the full vocabulary: value and logit gradient of every divergence in a few passes.
+
+A divergence is D = Σ_v φ(log s, log t). With a = ∂φ/∂log s its gradient in the student's logits is a − s·A, A = Σ_v a.
+Over a full vocabulary (Σ s = 1) a multiple of s added to `a` changes nothing, so each core picks the member that
+cancels best. Values are written with `expm1`, so that they stay accurate, and never negative, when the two
+distributions almost agree. The definitions these are tested against are in `trl_opd.losses`.
+
+Shapes: n rows, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses import adaptive_kl_weight
+
+# Beyond this log-ratio one of the two probabilities is zero to working precision
+_MAX_LOG_RATIO = 50.0
+# Below this value (nats) the textbook KL has lost digits to cancellation and is computed again by `expm1`
+_SMALL_KL = 0.05
+
+
+class Rows(NamedTuple):
+    """The two distributions of n positions, and what every divergence and metric needs of them."""
+
+    student_logprobs: Tensor  # (n, V)
+    teacher_logprobs: Tensor  # (n, V)
+    student_probs: Tensor  # (n, V)
+    teacher_probs: Tensor  # (n, V)
+    log_ratio: Tensor  # (n, V), log t - log s
+    forward_kl: Tensor  # (n,)
+    reverse_kl: Tensor  # (n,)
+
+
+class Gradient(NamedTuple):
+    """`a` and its row sum `total`; a total of `None` says that `a` is the logit gradient already."""
+
+    a: Tensor  # (n, V)
+    total: Tensor | None  # (n,)
+
+
+Core = Callable[..., tuple[Tensor, Gradient]]
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_v a·b for `(n, V)` inputs without a product tensor."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+
+
+def log_softmax_rows(logits: Tensor) -> Tensor:
+    """Log-softmax of `(n, V)`; an entry of `-inf` becomes a finite log-prob whose probability is exactly zero."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return logprobs.clamp_(min=-1e30)
+
+
+def kl_terms(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
+    """Terms of KL(p‖q) as p·(expm1(e) − e), e = log q − log p: each is ≥ 0, and Σ is exact because Σ p = Σ q = 1."""
+    e = log_q_over_p
+    return torch.where(e > _MAX_LOG_RATIO, q, p * (torch.expm1(e.clamp(max=_MAX_LOG_RATIO)) - e))
+
+
+def _kl(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
+    value = -row_dot(p, log_q_over_p)
+    if value.is_cuda:  # no data-dependent branch where it would wait for the device
+        return torch.where(value < _SMALL_KL, kl_terms(p, q, log_q_over_p).sum(-1), value)
+    small = (value < _SMALL_KL).nonzero().squeeze(-1)
+    if small.numel():
+        value[small] = kl_terms(p[small], q[small], log_q_over_p[small]).sum(-1)
+    return value
+
+
+def make_rows(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Rows:
+    """All that the cores share, from log-probs of shape `(n, V)`."""
+    student_probs, teacher_probs = student_logprobs.exp(), teacher_logprobs.exp()
+    log_ratio = teacher_logprobs - student_logprobs
+    forward_kl = _kl(teacher_probs, student_probs, -log_ratio)
+    reverse_kl = _kl(student_probs, teacher_probs, log_ratio)
+    return Rows(student_logprobs, teacher_logprobs, student_probs, teacher_probs, log_ratio, forward_kl, reverse_kl)
+
+
+def _forward_kl(r: Rows) -> tuple[Tensor, Gradient]:
+    return r.forward_kl, Gradient(r.student_probs - r.teacher_probs, None)
+
+
+def _reverse_kl(r: Rows) -> tuple[Tensor, Gradient]:
+    a = r.student_probs * r.log_ratio
+    return r.reverse_kl, Gradient(a.neg_(), r.reverse_kl)
+
+
+def _log_mixture_ratio(r: Rows, teacher_weight: float) -> tuple[Tensor, Tensor]:
+    """`(d, u)`: the log-ratio within ±80, and log m − log s for m = w·t + (1 − w)·s."""
+    d = r.log_ratio.clamp(-80.0, 80.0)
+    return d, torch.expm1(d).mul_(teacher_weight).log1p_()
+
+
+def _generalized_jsd(r: Rows, beta: float) -> tuple[Tensor, Gradient]:
+    d, u = _log_mixture_ratio(r, beta)
+    a = (r.student_probs * u).mul_(beta - 1)
+    total = a.sum(-1)
+    # β t (log t − log m) + (1 − β) s (log s − log m), whose terms are each ≥ 0
+    return torch.addcmul(a, r.teacher_probs, d.sub_(u), value=beta).sum(-1).clamp_(min=0), Gradient(a, total)
+
+
+def _skew_forward_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
+    d, u = _log_mixture_ratio(r, skew)
+    mixture = torch.lerp(r.student_probs, r.teacher_probs, skew)
+    value = kl_terms(r.teacher_probs, mixture, u - d).sum(-1)
+    a = r.teacher_probs * u.neg().exp_().mul_(skew - 1)
+    return value, Gradient(a, a.sum(-1))
+
+
+def _skew_reverse_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
+    _, u = _log_mixture_ratio(r, 1 - skew)
+    mixture = torch.lerp(r.teacher_probs, r.student_probs, skew)
+    value = kl_terms(r.student_probs, mixture, u).sum(-1)
+    a = r.teacher_probs * u.neg().exp_().mul_(1 - skew) - r.student_probs * u
+    return value, Gradient(a, a.sum(-1))
+
+
+def _total_variation(r: Rows) -> tuple[Tensor, Gradient]:
+    difference = r.student_probs - r.teacher_probs
+    a = r.student_probs * difference.sign().mul_(0.5)
+    return difference.abs_().sum(-1).mul_(0.5), Gradient(a, a.sum(-1))
+
+
+def _alpha_divergence(r: Rows, alpha: float) -> tuple[Tensor, Gradient]:
+    s, t, d = r.student_probs, r.teacher_probs, r.log_ratio
+    cross = (alpha * r.teacher_logprobs + (1 - alpha) * r.student_logprobs).exp_()
+    near = d.clamp(-1.0, 1.0)
+    terms = torch.where(
+        d.abs() <= 1.0,
+        s * (alpha * torch.expm1(near) - torch.expm1(alpha * near)),
+        alpha * t + (1 - alpha) * s - cross,
+    )
+    a = (s - cross).div_(alpha)
+    return terms.sum(-1).div_(alpha * (1 - alpha)), Gradient(a, a.sum(-1))
+
+
+def _alpha_beta_divergence(r: Rows, alpha: float, beta: float) -> tuple[Tensor, Gradient]:
+    total, d = alpha + beta, r.log_ratio
+    cross = (alpha * r.teacher_logprobs + beta * r.student_logprobs).exp_()
+    student_power = (total * r.student_logprobs).exp_()
+    near = d.clamp(-1.0, 1.0)
+    terms = torch.where(
+        d.abs() <= 1.0,
+        student_power * (torch.expm1(alpha * near) - (alpha / total) * torch.expm1(total * near)),
+        cross - (alpha / total) * (total * r.teacher_logprobs).exp() - (beta / total) * student_power,
+    )
+    a = (student_power - cross).div_(alpha)
+    return terms.sum(-1).div_(-alpha * beta), Gradient(a, a.sum(-1))
+
+
+def _todi(r: Rows, scale: float) -> tuple[Tensor, Gradient]:
+    weight = torch.sigmoid(scale * r.log_ratio)
+    forward, reverse = weight * r.teacher_probs, (1 - weight) * r.student_probs
+    value = row_dot(forward - reverse, r.log_ratio)
+    # -w t + (1 - w) s (log s - log t + 1)
+    a = torch.addcmul(reverse - forward, reverse, r.log_ratio, value=-1)
+    return value, Gradient(a, a.sum(-1))
+
+
+def _adaptive_kl(r: Rows, head_mass: float) -> tuple[Tensor, Gradient]:
+    weight = adaptive_kl_weight(r.student_probs, r.teacher_probs, head_mass)
+    rest = 1 - weight
+    forward = (r.student_probs - r.teacher_probs).mul_(weight[:, None])
+    reverse = r.student_probs * (r.log_ratio + r.reverse_kl[:, None]).mul_(rest[:, None])
+    return weight * r.forward_kl + rest * r.reverse_kl, Gradient(forward.sub_(reverse), None)
+
+
+CORES: Mapping[str, Core] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "generalized_jsd": _generalized_jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+    "alpha_divergence": _alpha_divergence,
+    "alpha_beta_divergence": _alpha_beta_divergence,
+    "todi": _todi,
+    "adaptive_kl": _adaptive_kl,
+}
+
+
+def logit_gradient(rows: Rows, gradient: Gradient) -> Tensor:
+    """∂D/∂(student logits), shape `(n, V)`; overwrites `gradient.a`."""
+    if gradient.total is None:
+        return gradient.a
+    return gradient.a.addcmul_(rows.student_probs, gradient.total[:, None], value=-1)

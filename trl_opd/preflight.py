@@ -1,0 +1,175 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""Checks of the trainer's arguments that need no weights, so that bad input fails before a GPU minute is spent."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import LoraConfig, PeftConfig, PromptLearningConfig
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
+
+from .config import OnPolicyDistillConfig
+from .teachers import AdapterTeacher, LocalTeacher
+from .vocabulary import as_tokenizer, shared_vocab_size
+
+
+def check_sources(
+    args: OnPolicyDistillConfig, teacher: object, reward_funcs: object, environment_factory: object
+) -> None:
+    """A teacher or a reward is required, and rewards need something to compare."""
+    has_rewards = reward_funcs is not None and reward_funcs != []
+    if teacher is None and not has_rewards and environment_factory is None:
+        raise ValueError(
+            "teacher_model or reward_funcs must be given, got neither. There is nothing to train towards. Pass "
+            "teacher_model= to distil, reward_funcs= for GRPO, or both."
+        )
+    if teacher is None and args.num_generations < 2:  # type: ignore[operator]
+        raise ValueError(
+            f"num_generations must be at least 2 without a teacher, got {args.num_generations}. GRPO compares the "
+            "completions of one prompt: with a single one every advantage is zero. Set num_generations, or pass "
+            "teacher_model=."
+        )
+    if teacher is not None and has_rewards:
+        check_reward_group(args)
+
+
+def check_reward_group(args: OnPolicyDistillConfig) -> None:
+    """Beside a teacher, rewards that are trained on need two completions a prompt."""
+    if args.num_generations < 2 and args.reward_coef > 0:  # type: ignore[operator]
+        raise ValueError(
+            f"num_generations must be at least 2 with rewards, got {args.num_generations}. GRPO compares the "
+            "completions of one prompt: with a single one every advantage is zero and the reward trains nothing. Set "
+            "num_generations, or reward_coef=0 to log the rewards only."
+        )
+
+
+def check_mix(args: OnPolicyDistillConfig, has_rewards: bool) -> None:
+    """Combinations of the distillation with GRPO's other terms."""
+    needs_logprobs = needs_per_token_grad(args, has_rewards)
+    if needs_logprobs and args.divergence_temperature != args.temperature:
+        raise ValueError(
+            f"distill_temperature must equal temperature ({args.temperature}) beside rewards, beta or an entropy "
+            f"bonus, got {args.distill_temperature!r}. They share one projection with the divergence. Leave "
+            "distill_temperature unset."
+        )
+    if needs_logprobs and args.loss_backend == "liger":
+        raise ValueError(
+            "loss_backend must be 'auto' or 'torch' beside rewards, beta or an entropy bonus, got 'liger'. Liger "
+            "returns a scalar, and these terms need differentiable log-probs from the same projection."
+        )
+
+
+def needs_per_token_grad(args: OnPolicyDistillConfig, has_rewards: bool) -> bool:
+    """Whether GRPO's part of the loss has a gradient of its own."""
+    entropy_bonus = args.entropy_coef != 0.0 or args.use_adaptive_entropy
+    return (has_rewards and args.reward_coef > 0) or args.beta != 0.0 or entropy_bonus
+
+
+def check_dataset(dataset: Any, name: str, environment_factory: object) -> None:
+    """The `prompt` column must exist, unless an environment brings the prompts."""
+    if isinstance(dataset, (dict, DatasetDict, IterableDatasetDict)):
+        for split, part in dataset.items():
+            check_dataset(part, f"{name}[{split!r}]", environment_factory)
+        return
+    columns = dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else None
+    if columns is not None and "prompt" not in columns and environment_factory is None:
+        raise ValueError(
+            f"{name} must have a 'prompt' column, got {columns}. The student completes prompts, as text or as a list "
+            "of messages. Rename the column that holds them: dataset.rename_column(..., 'prompt')."
+        )
+
+
+def check_peft(peft_config: PeftConfig | None, model: object) -> None:
+    """Adapters that the distillation head would not see."""
+    configs = list(getattr(model, "peft_config", {}).values()) if isinstance(model, nn.Module) else []
+    for config in [peft_config, *configs]:
+        if isinstance(config, PromptLearningConfig):
+            raise ValueError(
+                f"peft_config must adapt weights, got {type(config).__name__}. Prompt learning prepends virtual "
+                "tokens, which would shift every position against the teacher's. Use e.g. LoraConfig."
+            )
+        targets = getattr(config, "target_modules", None)
+        names = [targets] if isinstance(targets, str) else list(targets or [])
+        if isinstance(config, LoraConfig) and any(n.split(".")[-1] in ("lm_head", "embed_out") for n in names):
+            raise ValueError(
+                f"peft_config must not target the language-model head, got target_modules={sorted(names)}. The "
+                "divergence multiplies by the head's weight directly, so its adapter would never be trained. Remove "
+                "it from target_modules, or train the whole head with modules_to_save=['lm_head']."
+            )
+
+
+def check_path(path: str, what: str) -> None:
+    """A string that looks like a path must be a model's folder."""
+    path = os.path.expanduser(path)
+    looks_local = path.startswith((os.sep, "./", "../")) or path.count("/") > 1
+    if (looks_local or os.path.exists(path)) and not os.path.isfile(os.path.join(path, "config.json")):
+        state = "has no config.json" if os.path.isdir(path) else "does not exist"
+        raise ValueError(
+            f"{what} must be a model's folder or a hub id, got {path!r}, which {state}. Nothing can be loaded from "
+            "it. Check the path, or save the model there with save_pretrained."
+        )
+
+
+def _load(auto: Any, path: str, kwargs: Mapping[str, Any]) -> Any:
+    """A config or tokenizer that may not be there."""
+    keep = {k: kwargs[k] for k in ("revision", "trust_remote_code", "subfolder", "token", "cache_dir") if k in kwargs}
+    try:
+        return auto.from_pretrained(path, **keep)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _config_of(model: object, kwargs: Mapping[str, Any]) -> PretrainedConfig | None:
+    return _load(AutoConfig, model, kwargs) if isinstance(model, str) else getattr(model, "config", None)
+
+
+def _tokenizer_of(model: object, config: PretrainedConfig | None, kwargs: Mapping[str, Any]) -> Any:
+    path = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
+    if not path:
+        return None
+    return as_tokenizer(_load(AutoTokenizer, path, kwargs) or _load(AutoProcessor, path, kwargs))
+
+
+def check_teacher(
+    teacher: object,
+    model: Any,
+    args: OnPolicyDistillConfig,
+    processing_class: object,
+    teacher_processing_class: object,
+) -> int | None:
+    """
+    Compare the student's vocabulary with a local teacher's.
+
+    Returns:
+        `int` or `None`: leading head entries to compare, `None` for all (or where nothing is known of the teacher).
+
+    Raises:
+        ValueError: If a path does not exist or the vocabularies differ.
+    """
+    if isinstance(model, str):
+        check_path(model, "model")
+    if teacher is None or isinstance(teacher, AdapterTeacher):
+        return None
+    student_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
+    student_config = _config_of(model, student_kwargs)
+    student_tokenizer = as_tokenizer(processing_class) or _tokenizer_of(model, student_config, student_kwargs)
+    student_size = None if student_config is None else student_config.get_text_config().vocab_size
+    teacher_tokenizer = as_tokenizer(teacher_processing_class)
+    if isinstance(teacher, LocalTeacher):
+        if isinstance(teacher.model, str):
+            check_path(teacher.model, "teacher_model")
+        config = _config_of(teacher.model, teacher.init_kwargs)
+        teacher_tokenizer = teacher_tokenizer or _tokenizer_of(teacher.model, config, teacher.init_kwargs)
+        teacher_size = None if config is None else config.get_text_config().vocab_size
+    else:
+        teacher_size = getattr(teacher, "vocab_size", None)
+    if student_size is None or teacher_size is None:
+        return None
+    shared = shared_vocab_size(student_size, teacher_size, student_tokenizer, teacher_tokenizer)
+    return None if shared == student_size == teacher_size else shared
+
+
+def _as_dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,79 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""A teacher that is the student's own base model, its adapter off or another one on: no second copy of weights."""
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from trl.trainer.utils import use_adapter
+
+from ..collators import TeacherBatch, TeacherScores
+from .local import score_with
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+class AdapterTeacher:
+    """
+    The student's base model without its adapter, or with another named adapter of the same model.
+
+    Args:
+        adapter_name (`str`, *optional*): Adapter that the teacher wears; `None` for the bare base model.
+    """
+
+    scores_in_loss = True
+
+    def __init__(self, adapter_name: str | None = None):
+        self.adapter_name = adapter_name
+        self._trainer: Any = None
+
+    @classmethod
+    def from_string(cls, name: str) -> "AdapterTeacher":
+        """From `"base"` or `"adapter:NAME"`."""
+        adapter = None if name == "base" else name.removeprefix("adapter:")
+        if adapter == "":
+            raise ValueError(
+                "teacher_model must name an adapter after 'adapter:', got 'adapter:'. Set 'adapter:NAME'."
+            )
+        return cls(adapter)
+
+    @property
+    def name(self) -> str:
+        """As in the `teacher_model=` argument."""
+        return "base" if self.adapter_name is None else f"adapter:{self.adapter_name}"
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the shared head."""
+        return self._trainer.model.config.get_text_config().vocab_size
+
+    def prepare(self, trainer: "GRPOTrainer") -> None:
+        """Check that the student has the adapter."""
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if not is_peft_model(model):
+            raise ValueError(
+                f"teacher_model={self.name!r} needs a PEFT student: with full fine-tuning the base weights move with "
+                "the student, which would teach itself. Pass peft_config=, or another teacher_model."
+            )
+        if self.adapter_name is not None and self.adapter_name not in model.peft_config:
+            raise ValueError(
+                f"teacher_model names the adapter {self.adapter_name!r}, but the student has "
+                f"{sorted(model.peft_config)}. Load it with model.load_adapter(path, {self.adapter_name!r}) first."
+            )
+        if self.adapter_name is not None and self.adapter_name in model.active_adapters:
+            raise ValueError(
+                f"teacher_model names the adapter {self.adapter_name!r}, which is the one being trained: every "
+                "divergence from itself is zero. Name another adapter, or 'base'."
+            )
+        self._trainer = trainer
+
+    def __call__(self, batch: TeacherBatch) -> TeacherScores:
+        model = self._trainer.model
+        peft_model = self._trainer.accelerator.unwrap_model(model)
+        was_training = model.training
+        model.eval()  # no dropout in the teacher
+        try:
+            with use_adapter(peft_model, self.adapter_name):
+                return score_with(model, batch)
+        finally:
+            model.train(was_training)

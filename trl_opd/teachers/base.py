@@ -1,0 +1,123 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""The protocol of a teacher, how the `teacher_model=` argument becomes one, and the check of its answers."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..collators import TeacherBatch, TeacherScores
+
+if TYPE_CHECKING:
+    pass
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """
+    A teacher answers a [`TeacherBatch`] with [`TeacherScores`]. Any callable is one, so a function that returns
+    log-probs is enough; a bare tensor `(B, T)` counts as sampled-token log-probs.
+
+    Optional attributes and methods that the trainer uses if they are there:
+    - `name` (`str`): how error messages call it.
+    - `prepare(trainer)`: called once, when the student is on its device and wrapped by accelerate's configuration.
+    - `scores_in_loss` (`bool`): score each micro-batch inside the loss instead of each generation batch once. Needed
+      for hidden states, which are too large to keep.
+    - `vocab_size` (`int`): number of ids it knows.
+    """
+
+    def __call__(self, batch: TeacherBatch) -> "TeacherScores | Tensor": ...
+
+
+class TeacherScoreError(RuntimeError):
+    """A teacher's scores cannot be trained on; no step was taken with them."""
+
+
+def teacher_name(teacher: object) -> str:
+    """How to call a teacher in a message."""
+    return getattr(teacher, "name", None) or getattr(teacher, "__name__", None) or type(teacher).__name__
+
+
+def resolve_teacher(teacher_model: Any, init_kwargs: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+    """
+    Turn the `teacher_model=` argument into a [`Teacher`].
+
+    Args:
+        teacher_model:
+            Path or hub id; `"base"` (the student without its adapter) or `"adapter:NAME"`; a model; any callable.
+        init_kwargs (`Mapping[str, Any]`): For `from_pretrained`.
+        trust_remote_code (`bool`): Likewise.
+
+    Raises:
+        ValueError, TypeError: If it is none of these.
+    """
+    from .adapter import AdapterTeacher
+    from .local import LocalTeacher
+
+    if isinstance(teacher_model, str):
+        if teacher_model == "base" or teacher_model.startswith("adapter:"):
+            return AdapterTeacher.from_string(teacher_model)
+        if teacher_model.startswith(("http://", "https://")):
+            raise ValueError(
+                f"teacher_model must be a path, a hub id, 'base', 'adapter:NAME', a model or a callable, got the URL "
+                f"{teacher_model!r}. This version has no client for teacher servers. Pass a callable that asks the "
+                "server and returns TeacherScores."
+            )
+        return LocalTeacher(teacher_model, **{"trust_remote_code": trust_remote_code, **init_kwargs})
+    if isinstance(teacher_model, nn.Module) and hasattr(teacher_model, "config"):
+        if init_kwargs:
+            raise ValueError(
+                "teacher_model_init_kwargs must be unset when teacher_model is an instantiated model. They would be "
+                "ignored. Load the model with them yourself, or pass its path."
+            )
+        return LocalTeacher(teacher_model)
+    if callable(teacher_model):
+        return teacher_model
+    raise TypeError(
+        f"teacher_model must be a path, a hub id, 'base', 'adapter:NAME', a model or a callable, got "
+        f"{type(teacher_model).__name__}."
+    )
+
+
+def ask(teacher: Any, batch: TeacherBatch) -> TeacherScores:
+    """Ask a teacher, without gradient, and check the shape of its answer."""
+    with torch.no_grad():
+        scores = teacher(batch)
+    if isinstance(scores, Tensor):
+        scores = TeacherScores(sampled_logprobs=scores)
+    name = teacher_name(teacher)
+    if not isinstance(scores, TeacherScores):
+        raise TypeError(f"Teacher {name!r} must return TeacherScores or a tensor, got {type(scores).__name__}.")
+    shape = tuple(batch.completion_ids.shape)
+    for key in ("hidden_states", "topk_ids", "topk_logprobs", "sampled_logprobs"):
+        value = getattr(scores, key)
+        if value is None:
+            continue
+        if tuple(value.shape[:2]) != shape or value.dim() != (2 if key == "sampled_logprobs" else 3):
+            raise TeacherScoreError(
+                f"Teacher {name!r} returned {key} of shape {tuple(value.shape)} for completions of shape {shape}. "
+                "Partial scores are never trained on. Return one row per sequence and one entry per completion token."
+            )
+        setattr(scores, key, value.to(batch.completion_ids.device).detach())
+    if (scores.topk_ids is None) != (scores.topk_logprobs is None):
+        raise TeacherScoreError(f"Teacher {name!r} must return topk_ids and topk_logprobs together.")
+    return scores
+
+
+def find_bad_score(scores: TeacherScores, mask: Tensor) -> tuple[int, int, float] | None:
+    """First `(sequence, token, value)` whose score is NaN or infinite where `mask` holds; `None` if all are finite."""
+    checks = []
+    if scores.sampled_logprobs is not None:
+        checks.append((scores.sampled_logprobs, ~torch.isfinite(scores.sampled_logprobs)))
+    if scores.topk_logprobs is not None:
+        assert scores.topk_ids is not None
+        real = scores.topk_ids >= 0
+        value = scores.topk_logprobs.float().masked_fill(~real, 0.0).sum(-1)
+        checks.append((value, ~torch.isfinite(value) | ~real.any(-1)))
+    for value, bad in checks:
+        where = (bad & mask).nonzero()
+        if where.numel():
+            row, token = where[0].tolist()
+            return row, token, float(value[row, token])
+    return None

@@ -1,0 +1,412 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""`OnPolicyDistillTrainer`: wiring between GRPOTrainer, the teacher, and the fused divergence."""
+
+import textwrap
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .collators import TeacherScores, collate_teacher_batch
+from .config import OnPolicyDistillConfig
+from .credit import sampled_advantages
+from .heads import add_head_branch
+from .metrics import TokenMetrics
+from .preflight import (
+    check_dataset,
+    check_mix,
+    check_peft,
+    check_reward_group,
+    check_sources,
+    check_teacher,
+    needs_per_token_grad,
+)
+from .student import MicroBatch, StudentOutput, distillation_head, find_bad_token, require_scores
+from .teachers.base import TeacherScoreError, ask, find_bad_score, resolve_teacher, teacher_name
+from .weighting import mask_token_ids, reduction_weights, special_token_ids
+
+
+def no_reward(completions: list, **kwargs: Any) -> list[float]:
+    """Stands where GRPOTrainer requires a reward; its zeros are neither trained on nor logged."""
+    return [0.0] * len(completions)
+
+
+class OnPolicyDistillTrainer(GRPOTrainer):
+    """
+    Trainer for on-policy distillation: the student samples, a teacher scores every token that the student visited, and
+    a divergence between the two trains the student.
+
+    A [`~trl.GRPOTrainer`] with a teacher in the place of the reward functions. Without a teacher it is GRPOTrainer.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_opd import OnPolicyDistillTrainer
+
+    trainer = OnPolicyDistillTrainer(
+        model="Qwen/Qwen3-1.7B",
+        teacher_model="Qwen/Qwen3-8B",
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or `Callable`, *optional*):
+            The teacher: a path or hub id (loaded with `args.teacher_model_init_kwargs`), an instantiated model,
+            `"base"` (the student without its adapter), `"adapter:NAME"` (the student with another of its adapters), or
+            any callable that satisfies [`teachers.Teacher`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            As in [`~trl.GRPOTrainer`]. With a teacher, the loss is `reward_coef` · GRPO's + `distill_coef` ·
+            distillation; without one it is GRPO's.
+        args ([`OnPolicyDistillConfig`] or [`~trl.GRPOConfig`], *optional*):
+            Configuration. A `GRPOConfig` is promoted, keeping all its fields.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The teacher's tokenizer or processor, to compare with the student's where it cannot be loaded from the teacher's path.
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError: On bad input, before any weight is loaded.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "trl-opd", "on-policy-distillation"]
+    _name = "on-policy distillation (trl-opd)"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "id": "2306.13649",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{agarwal2024onpolicy,
+                title     = {{On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes}},
+                author    = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos and Matthieu Geist and Olivier Bachem},
+                booktitle = {The Twelfth International Conference on Learning Representations},
+                year      = {2024},
+                url       = {https://openreview.net/forum?id=3zKtaqxLhW},
+            }"""),  # noqa: E501
+    }
+
+    args: OnPolicyDistillConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        teacher_model: "str | PreTrainedModel | Callable | None" = None,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict | None" = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None" = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    ):
+        args = self._promote(args, model)
+        teacher = None
+        if teacher_model is not None:
+            teacher = resolve_teacher(teacher_model, args.teacher_model_init_kwargs or {}, args.trust_remote_code)  # type: ignore[arg-type]
+        check_sources(args, teacher, reward_funcs, environment_factory)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_dataset(dataset, name, environment_factory)
+        check_peft(peft_config, model)
+        self._vocab_size = check_teacher(teacher, model, args, processing_class, teacher_processing_class)
+
+        self.teacher: Any = teacher
+        self._micro_batch: MicroBatch | None = None
+        self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
+        if teacher is None:
+            self._name, self._paper, self._tag_names = GRPOTrainer._name, GRPOTrainer._paper, GRPOTrainer._tag_names
+        no_rewards = reward_funcs is None or reward_funcs == []
+        placeholder = teacher is not None and no_rewards
+        super().__init__(
+            model=model,
+            reward_funcs=[no_reward] if placeholder else reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=None if placeholder else reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        if teacher is None:
+            return
+        if placeholder and len(self.reward_funcs) > 1:  # an environment brought rewards of its own
+            for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del sources[0]
+            self.reward_weights: Tensor = self.reward_weights[1:]
+            check_reward_group(args)
+        self._has_rewards = self.reward_funcs != [no_reward]
+        check_mix(args, self._has_rewards)
+        self._needs_per_token_grad = needs_per_token_grad(args, self._has_rewards)
+        self._masked_ids = special_token_ids(args.special_token_masking or [], self._tokenizer)
+        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_head_branch(student, args.cast_lm_head_to_fp32)
+        self._suppress_unshared_tokens(student)
+        if hasattr(teacher, "prepare"):
+            teacher.prepare(self)
+
+    @staticmethod
+    def _promote(args: GRPOConfig | None, model: Any) -> OnPolicyDistillConfig:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            return OnPolicyDistillConfig(f"{name.split('/')[-1]}-OPD")
+        if isinstance(args, OnPolicyDistillConfig):
+            return args
+        return OnPolicyDistillConfig.from_grpo_config(args)
+
+    def _suppress_unshared_tokens(self, student: PreTrainedModel) -> None:
+        """Keep the student from sampling vocabulary padding that the teacher has no entry for."""
+        size = student.config.get_text_config().vocab_size
+        if self._vocab_size is None or self._vocab_size >= size or self.use_vllm:
+            return
+        suppressed = [*(self.generation_config.suppress_tokens or []), *range(self._vocab_size, size)]
+        self.generation_config.suppress_tokens = suppressed
+        self.generation_kwargs["suppress_tokens"] = suppressed
+
+    # Rollouts: GRPO's own, with the teacher's side added to the batch
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.teacher is None:
+            return output
+        if self._has_rewards:
+            output["advantages"] = output["advantages"] * self.args.reward_coef
+        else:
+            self._forget_placeholder()
+        mask = self._distill_mask(output)
+        output["num_distill_tokens"] = self.accelerator.gather(mask.sum()).sum().float()
+        if not getattr(self.teacher, "scores_in_loss", False):
+            batch = self._teacher_batch(output, mask, examples=inputs)
+            scores = ask(self.teacher, batch)
+            require_scores(scores, self.args.credit, teacher_name(self.teacher))
+            self._stop_on(find_bad_score(scores, mask), output)
+            output.update(scores.to_inputs())
+        return output
+
+    def _forget_placeholder(self) -> None:
+        mode = "train" if self.model.training else "eval"
+        name = no_reward.__name__
+        for key in (f"rewards/{name}/mean", f"rewards/{name}/std", "reward", "reward_std", "frac_reward_zero_std"):
+            self._metrics[mode].pop(key, None)
+        self._logs["rewards"].pop(name, None)
+
+    def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    def _distill_mask(self, inputs: dict[str, Any]) -> Tensor:
+        mask = mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
+        return mask if self._vocab_size is None else mask & (inputs["completion_ids"] < self._vocab_size)
+
+    def _teacher_batch(self, inputs: dict[str, Any], mask: Tensor, **extra: Any):
+        return collate_teacher_batch(
+            inputs,
+            mask,
+            vocab_size=self._vocab_size,
+            temperature=self.args.divergence_temperature,
+            support=self.args.support,
+            support_size=self.args.support_size,
+            **extra,
+        )
+
+    # Loss: GRPO's own, around one run of the student through the distillation head
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.teacher is None:
+            return super()._compute_loss(model, inputs)
+        batch = self._make_micro_batch(inputs)
+        self._micro_batch = batch
+        try:
+            loss = super()._compute_loss(model, batch.inputs)
+        finally:
+            self._micro_batch = None
+        if not self._needs_per_token_grad and self.args.credit == "direct":
+            self._forget_surrogate()
+        if batch.output is None:  # policy gradient: the distillation is inside the advantages
+            return loss
+        assert batch.output.loss is not None
+        self._log_direct(batch, batch.output)
+        return loss + self.args.distill_coef * batch.output.loss
+
+    def _make_micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
+        training = self.model.training
+        mask = self._distill_mask(inputs)
+        weights = reduction_weights(
+            mask,
+            self.loss_type,
+            num_items=inputs["num_distill_tokens"],
+            num_processes=self.accelerator.num_processes,
+            max_completion_length=self.max_completion_length,
+            accumulation=self.current_gradient_accumulation_steps if training else 1.0,
+            steps_per_generation=self.args.steps_per_generation if training else 1.0,
+        )
+        ratio = inputs.get("importance_sampling_ratio")
+        if ratio is not None:
+            weights = weights * ratio
+        # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
+        return MicroBatch(dict(inputs), self._loss_mask(inputs), mask, weights, TeacherScores.from_inputs(inputs))
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        batch = self._micro_batch
+        if batch is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        forward = self._policy_gradient_forward if self.args.credit == "policy_gradient" else self._direct_forward
+
+        # GRPOTrainer builds the model's inputs (images and all) and calls this in the place of the model
+        def call(labels: Tensor, fused_lm_head: bool, **model_inputs: Any) -> Any:
+            return forward(model, batch, model_inputs, labels)
+
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            call, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if self.args.credit == "policy_gradient":
+            self._set_advantages(batch, logps, entropies)
+        return logps, entropies, aux_loss
+
+    def _direct_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
+        scores = self._scores(batch, model_inputs)
+        head = distillation_head(
+            batch,
+            scores,
+            self.args,
+            vocab_size=self._vocab_size,
+            per_token_grad=self._needs_per_token_grad,
+        )
+        output: StudentOutput = model(**model_inputs, head_call=head)
+        batch.output = output
+        if scores.hidden_states is not None:
+            self._stop_on(find_bad_token(output, batch.distill_mask), batch.inputs)
+        log_probs, entropy = output.log_probs, output.entropy
+        assert log_probs is not None and entropy is not None
+        if not self._needs_per_token_grad:
+            log_probs, entropy = log_probs.detach(), entropy.detach()
+        return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=output.aux_loss)
+
+    def _policy_gradient_forward(
+        self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
+    ) -> Any:
+        batch.scores = self._scores(batch, model_inputs)
+        self._stop_on(find_bad_score(batch.scores, batch.distill_mask), batch.inputs)
+        return model(**model_inputs, labels=labels, fused_lm_head=True)
+
+    def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> TeacherScores:
+        """The teacher's answer: from the buffered batch, or asked for now."""
+        if batch.scores is not None:
+            return batch.scores
+        further = {k: v for k, v in model_inputs.items() if k not in ("input_ids", "attention_mask")}
+        further.pop("output_router_logits", None)
+        scores = ask(self.teacher, self._teacher_batch(batch.inputs, batch.distill_mask, model_inputs=further))
+        require_scores(scores, self.args.credit, teacher_name(self.teacher))
+        return scores
+
+    def _set_advantages(self, batch: MicroBatch, logps: Tensor, entropies: Tensor) -> None:
+        assert batch.scores is not None and batch.scores.sampled_logprobs is not None
+        inputs, mask = batch.inputs, batch.distill_mask
+        student = inputs["old_per_token_logps"] if "old_per_token_logps" in inputs else logps.detach()
+        teacher = batch.scores.sampled_logprobs
+        advantages = sampled_advantages(student, teacher, mask, self.args.discount, self.args.advantage_clip)
+        self._log_policy_gradient(batch, logps.detach(), teacher, entropies, advantages)
+        rewards = inputs["advantages"][:, None] if self._has_rewards else 0.0
+        inputs["advantages"] = self.args.distill_coef * advantages + rewards
+
+    # Alarms and metrics
+
+    def _stop_on(self, bad: tuple[int, int, float] | None, inputs: dict[str, Any]) -> None:
+        """If any process saw a bad score, save a checkpoint on all of them and stop."""
+        flag = torch.tensor(float(bad is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, reduction="sum").item() == 0:
+            return
+        if self.model.training:
+            self._save_checkpoint(self.model, trial=None)
+        where = "on another process"
+        if bad is not None:
+            row, token, value = bad
+            ids = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+            prompt = self._tokenizer.decode(ids[-60:])
+            where = (
+                f"{value} at completion token {token} of sample {row} of the batch, whose prompt ends in {prompt!r}"
+            )
+        saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}." * self.model.training
+        raise TeacherScoreError(
+            f"Teacher {teacher_name(self.teacher)!r} returned a score that is not finite: {where}. Training on it "
+            f"would destroy the student, so no step was taken.{saved} Check the teacher's dtype (float16 overflows in many "
+            "models) and that it gives every token of the vocabulary a probability."
+        )
+
+    def _forget_surrogate(self) -> None:
+        """Drop the clip ratios of a surrogate without advantages (and the entropy, where Liger did not compute it)."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        names = ("clip_ratio/", "cispo_clip_ratio", "vespo/")
+        for key in [
+            k for k in metrics if k.startswith(names) or (k == "entropy" and self.args.loss_backend == "liger")
+        ]:
+            del metrics[key]
+
+    def _log_loss(self, loss: Tensor) -> None:
+        training = self.model.training
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        # Each process holds its share of the loss, as gradients are averaged over processes
+        self._token_metrics["train" if training else "eval"].add_sum("distill/loss", loss.double() * accumulation, 1.0)
+
+    def _log_direct(self, batch: MicroBatch, output: StudentOutput) -> None:
+        assert output.loss is not None
+        self._log_loss(output.loss)
+        metrics = self._token_metrics["train" if self.model.training else "eval"]
+        teacher_logprobs = output.teacher_logprobs
+        if teacher_logprobs is None and batch.scores is not None:
+            teacher_logprobs = batch.scores.sampled_logprobs
+        named = {
+            "reverse_kl": output.reverse_kl,
+            "forward_kl": output.forward_kl,
+            "student_entropy": None if output.divergence is None else output.entropy,
+            "teacher_entropy": output.teacher_entropy,
+            "overlap": output.overlap,
+        }
+        if teacher_logprobs is not None and output.log_probs is not None:
+            named["teacher_student_gap"] = teacher_logprobs - output.log_probs
+        for name, values in named.items():
+            if values is not None:
+                metrics.add(f"distill/{name}", values, batch.distill_mask)
+
+    def _log_policy_gradient(
+        self, batch: MicroBatch, student: Tensor, teacher: Tensor, entropies: Tensor, advantages: Tensor
+    ) -> None:
+        mask = batch.distill_mask
+        gap = (teacher - student).masked_fill(~mask, 0.0)
+        self._log_loss(-(batch.weights * advantages).sum())
+        metrics = self._token_metrics["train" if self.model.training else "eval"]
+        metrics.add("distill/teacher_student_gap", gap, mask)
+        # The unbiased estimate of the reverse KL from sampled tokens that is never negative (k3)
+        metrics.add("distill/reverse_kl", torch.expm1(gap) - gap, mask)
+        metrics.add("distill/student_entropy", entropies, mask)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update(self._token_metrics[mode].compute(self.accelerator))
+        super().log(logs, start_time)
