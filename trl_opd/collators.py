@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.fused import Head
+from .kernels.projection import Head
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .kernels.fused import Head
+from .kernels.projection import Head
 
 
 def logit_postprocessing(config: PretrainedConfig) -> tuple[float, float | None]:

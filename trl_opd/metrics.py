@@ -1,9 +1,14 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """Metrics of the distillation, as sums that are reduced once per log line: exact token means over all processes."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .student import MicroBatch, StudentOutput
 
 
 class TokenMetrics:
@@ -20,12 +25,7 @@ class TokenMetrics:
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the entries of `values` where `mask` holds (same shape)."""
         mask = mask.to(values.device)
-        total = (
-            torch.where(mask, values.detach(), 0.0).double().sum()
-            if values.device.type != "mps"
-            else (torch.where(mask, values.detach(), 0.0).sum())
-        )
-        self.add_sum(name, total, mask.sum())
+        self.add_sum(name, torch.where(mask, values.detach(), 0.0).sum(dtype=_sum_dtype(values)), mask.sum())
 
     def add_sum(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add a sum over `count` items."""
@@ -42,3 +42,60 @@ class TokenMetrics:
         self._sums = {}
         sums = accelerator.reduce(sums, reduction="sum").tolist()
         return {name: [total / count] for name, (total, count) in zip(names, sums, strict=True) if count}
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def add_loss(metrics: TokenMetrics, loss: Tensor, accumulation: float) -> None:
+    """
+    `distill/loss`: the distillation term of the optimised loss, before its coefficient; a mean over optimizer steps.
+
+    Each process holds its share of a micro-batch's loss, scaled for gradient accumulation.
+    """
+    metrics.add_sum("distill/loss", loss.detach().to(_sum_dtype(loss)) * accumulation, 1.0)
+
+
+def add_direct(metrics: TokenMetrics, batch: "MicroBatch", output: "StudentOutput", accumulation: float) -> None:
+    """Metrics of a micro-batch whose divergence was backpropagated, all from the one projection."""
+    assert output.loss is not None
+    add_loss(metrics, output.loss, accumulation)
+    teacher_logprobs = output.teacher_logprobs
+    if teacher_logprobs is None and batch.scores is not None:
+        teacher_logprobs = batch.scores.sampled_logprobs
+    named = {
+        "reverse_kl": output.reverse_kl,
+        "forward_kl": output.forward_kl,
+        "student_entropy": None if output.divergence is None else output.entropy,
+        "teacher_entropy": output.teacher_entropy,
+        "overlap": output.overlap,
+    }
+    if teacher_logprobs is not None and output.divergence is not None and output.log_probs is not None:
+        named["teacher_student_gap"] = teacher_logprobs - output.log_probs
+    for name, values in named.items():
+        if values is not None:
+            metrics.add(f"distill/{name}", values, batch.distill_mask)
+
+
+def add_policy_gradient(
+    metrics: TokenMetrics,
+    batch: "MicroBatch",
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    entropies: Tensor,
+    advantages: Tensor,
+    accumulation: float,
+) -> None:
+    """
+    Metrics of a micro-batch trained by sampled-token advantages.
+
+    `distill/reverse_kl` is the estimate e^ℓ − ℓ − 1 (k3; unbiased on tokens that the student sampled, never negative)
+    with ℓ = teacher − student log-prob; `distill/loss` the surrogate at ratio 1, Σ weight · −A.
+    """
+    mask = batch.distill_mask
+    gap = (teacher_logprobs - student_logprobs).masked_fill(~mask, 0.0)
+    add_loss(metrics, -(batch.weights * advantages).sum(), accumulation)
+    metrics.add("distill/teacher_student_gap", gap, mask)
+    metrics.add("distill/reverse_kl", torch.expm1(gap) - gap, mask)
+    metrics.add("distill/student_entropy", entropies, mask)

@@ -12,7 +12,7 @@ from .collators import TeacherScores
 from .config import OnPolicyDistillConfig
 from .heads import HeadCall, gather_heads, whole
 from .kernels import fused_linear_divergence
-from .kernels.fused import Head
+from .kernels.projection import Head
 from .teachers.base import TeacherScoreError
 
 

@@ -4,7 +4,7 @@
 import textwrap
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -19,7 +19,7 @@ from .collators import TeacherScores, collate_teacher_batch
 from .config import OnPolicyDistillConfig
 from .credit import sampled_advantages
 from .heads import add_head_branch
-from .metrics import TokenMetrics
+from .metrics import TokenMetrics, add_direct, add_policy_gradient
 from .preflight import (
     check_dataset,
     check_mix,
@@ -73,7 +73,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         args ([`OnPolicyDistillConfig`] or [`~trl.GRPOConfig`], *optional*):
             Configuration. A `GRPOConfig` is promoted, keeping all its fields.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's tokenizer or processor, to compare with the student's where it cannot be loaded from the teacher's path.
+            The teacher's tokenizer or processor, to compare with the student's where none lies at the teacher's path.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`].
@@ -82,9 +82,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         ValueError: On bad input, before any weight is loaded.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "trl-opd", "on-policy-distillation"]
+    _tag_names = ["trl", "trl-opd", "on-policy-distillation"]  # noqa: RUF012 (an attribute, as in TRL)
     _name = "on-policy distillation (trl-opd)"
-    _paper: ClassVar[dict[str, str]] = {
+    _paper = {  # noqa: RUF012
         "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         "id": "2306.13649",
         # docstyle-ignore
@@ -249,7 +249,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         if batch.output is None:  # policy gradient: the distillation is inside the advantages
             return loss
         assert batch.output.loss is not None
-        self._log_direct(batch, batch.output)
+        add_direct(self._mode_metrics, batch, batch.output, self._accumulation)
         return loss + self.args.distill_coef * batch.output.loss
 
     def _make_micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
@@ -261,7 +261,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             num_items=inputs["num_distill_tokens"],
             num_processes=self.accelerator.num_processes,
             max_completion_length=self.max_completion_length,
-            accumulation=self.current_gradient_accumulation_steps if training else 1.0,
+            accumulation=self._accumulation,
             steps_per_generation=self.args.steps_per_generation if training else 1.0,
         )
         ratio = inputs.get("importance_sampling_ratio")
@@ -331,7 +331,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         student = inputs["old_per_token_logps"] if "old_per_token_logps" in inputs else logps.detach()
         teacher = batch.scores.sampled_logprobs
         advantages = sampled_advantages(student, teacher, mask, self.args.discount, self.args.advantage_clip)
-        self._log_policy_gradient(batch, logps.detach(), teacher, entropies, advantages)
+        add_policy_gradient(
+            self._mode_metrics, batch, logps.detach(), teacher, entropies, advantages, self._accumulation
+        )
         rewards = inputs["advantages"][:, None] if self._has_rewards else 0.0
         inputs["advantages"] = self.args.distill_coef * advantages + rewards
 
@@ -347,16 +349,13 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         where = "on another process"
         if bad is not None:
             row, token, value = bad
-            ids = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
-            prompt = self._tokenizer.decode(ids[-60:])
-            where = (
-                f"{value} at completion token {token} of sample {row} of the batch, whose prompt ends in {prompt!r}"
-            )
+            prompt = self._tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()][-60:])
+            where = f"{value} at completion token {token} of batch row {row}, whose prompt ends in {prompt!r}"
         saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}." * self.model.training
         raise TeacherScoreError(
             f"Teacher {teacher_name(self.teacher)!r} returned a score that is not finite: {where}. Training on it "
-            f"would destroy the student, so no step was taken.{saved} Check the teacher's dtype (float16 overflows in many "
-            "models) and that it gives every token of the vocabulary a probability."
+            f"would destroy the student, so no step was taken.{saved} Check the teacher's dtype (float16 overflows in "
+            "many models) and that it gives every token of the vocabulary a probability."
         )
 
     def _forget_surrogate(self) -> None:
@@ -368,43 +367,13 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         ]:
             del metrics[key]
 
-    def _log_loss(self, loss: Tensor) -> None:
-        training = self.model.training
-        accumulation = self.current_gradient_accumulation_steps if training else 1
-        # Each process holds its share of the loss, as gradients are averaged over processes
-        self._token_metrics["train" if training else "eval"].add_sum("distill/loss", loss.double() * accumulation, 1.0)
+    @property
+    def _mode_metrics(self) -> TokenMetrics:
+        return self._token_metrics["train" if self.model.training else "eval"]
 
-    def _log_direct(self, batch: MicroBatch, output: StudentOutput) -> None:
-        assert output.loss is not None
-        self._log_loss(output.loss)
-        metrics = self._token_metrics["train" if self.model.training else "eval"]
-        teacher_logprobs = output.teacher_logprobs
-        if teacher_logprobs is None and batch.scores is not None:
-            teacher_logprobs = batch.scores.sampled_logprobs
-        named = {
-            "reverse_kl": output.reverse_kl,
-            "forward_kl": output.forward_kl,
-            "student_entropy": None if output.divergence is None else output.entropy,
-            "teacher_entropy": output.teacher_entropy,
-            "overlap": output.overlap,
-        }
-        if teacher_logprobs is not None and output.log_probs is not None:
-            named["teacher_student_gap"] = teacher_logprobs - output.log_probs
-        for name, values in named.items():
-            if values is not None:
-                metrics.add(f"distill/{name}", values, batch.distill_mask)
-
-    def _log_policy_gradient(
-        self, batch: MicroBatch, student: Tensor, teacher: Tensor, entropies: Tensor, advantages: Tensor
-    ) -> None:
-        mask = batch.distill_mask
-        gap = (teacher - student).masked_fill(~mask, 0.0)
-        self._log_loss(-(batch.weights * advantages).sum())
-        metrics = self._token_metrics["train" if self.model.training else "eval"]
-        metrics.add("distill/teacher_student_gap", gap, mask)
-        # The unbiased estimate of the reverse KL from sampled tokens that is never negative (k3)
-        metrics.add("distill/reverse_kl", torch.expm1(gap) - gap, mask)
-        metrics.add("distill/student_entropy", entropies, mask)
+    @property
+    def _accumulation(self) -> float:
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

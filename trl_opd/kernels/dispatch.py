@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..losses import nearest_name, resolve_divergence
-from .fused import STATS, GradientInForward, Head, PerToken, Problem
+from .fused import STATS, GradientInForward, PerToken, Problem
+from .projection import Head
 from .supports import SUPPORTS, TAILS
 
 BACKENDS = ("auto", "torch", "liger")

@@ -17,7 +17,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..collators import TeacherBatch, TeacherScores
 from ..heads import HeadCall, add_head_branch
 from ..kernels import fused_linear_divergence
-from ..kernels.fused import Head
+from ..kernels.projection import Head
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
