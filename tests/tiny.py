@@ -54,3 +54,22 @@ def make_prompts(num: int = 16) -> Dataset:
     """Prompts of different lengths."""
     prompts = ["abc", "hello world", "x", "the quick brown fox", "12 34", "what is it"]
     return Dataset.from_dict({"prompt": [prompts[i % len(prompts)] for i in range(num)]})
+
+
+def trainer_config(output_dir: Any, **kwargs: Any) -> dict[str, Any]:
+    """Config fields of a three-step run on a CPU that writes nothing."""
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        **kwargs,
+    }

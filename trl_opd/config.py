@@ -12,6 +12,7 @@ from .kernels.supports import SUPPORTS, TAILS
 from .losses import nearest_name, resolve_divergence
 
 CREDITS = ("direct", "policy_gradient")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
 class _OneGeneration(int):
@@ -88,9 +89,10 @@ class OnPolicyDistillConfig(GRPOConfig):
         loss_backend (`str`, *optional*, defaults to `"auto"`):
             Implementation of the fused divergence: `"torch"` (chunked reference), `"liger"`, or `"auto"`.
         loss_chunk_mib (`int`, *optional*):
-            Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 128 on a CPU.
+            Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 64 on a CPU.
         overlap_top_k (`int`, *optional*, defaults to `16`):
-            Size of the student's and teacher's top sets whose overlap is logged; `0` turns the metric off.
+            Size of the student's and teacher's top sets whose overlap is logged; `0` turns the metric off. It costs
+            two partial sorts of the vocabulary per token, so it is measured on the steps that are logged.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -182,13 +184,19 @@ class OnPolicyDistillConfig(GRPOConfig):
     )
     loss_chunk_mib: int | None = field(
         default=None,
-        metadata={"help": "Memory in MiB for the logits of one chunk. Default: 512 on an accelerator, 128 on a CPU."},
+        metadata={"help": "Memory in MiB for the logits of one chunk. Default: 512 on an accelerator, 64 on a CPU."},
     )
     overlap_top_k: int = field(
         default=16, metadata={"help": "Size of the top sets whose overlap is logged; 0 turns the metric off."}
     )
 
     def __post_init__(self) -> None:
+        generations: Any = self.num_generations
+        if not isinstance(generations, int) or isinstance(generations, bool) or generations < 1:
+            raise ValueError(
+                f"num_generations must be a whole number of at least 1, got {generations!r}. It is the number of "
+                "completions sampled per prompt. Set 1 to distil, 2 or more to train on rewards."
+            )
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -243,6 +251,7 @@ class OnPolicyDistillConfig(GRPOConfig):
             ("support_tail", TAILS),
             ("credit", CREDITS),
             ("loss_backend", BACKENDS),
+            ("loss_type", LOSS_TYPES),
         ):
             value = getattr(self, name)
             if value not in valid:
@@ -269,6 +278,13 @@ class OnPolicyDistillConfig(GRPOConfig):
             "a whole number of at least 1",
             "It is the number of vocabulary entries in a top-k support.",
             "Set 16 to 100 (the range in use), or support='full'.",
+        )
+        require(
+            "temperature",
+            number(self.temperature) and self.temperature > 0,
+            "above 0",
+            "It divides the logits of sampling and loss.",
+            "Set 1.0, or top_k=1 to sample greedily.",
         )
         require(
             "discount",

@@ -340,7 +340,8 @@ _PARAMETERS: Mapping[str, Mapping[str, tuple[float, str, Callable[[float], bool]
 
 def nearest_name(name: object, valid: list[str]) -> str:
     """The end of an error message about an unknown name: the nearest valid one, then all of them."""
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.4)
+    contain = [v for v in valid if str(name).lower() in v]
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.4) or contain
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Valid: {', '.join(valid)}."
 

@@ -2,17 +2,20 @@
 """Checks of the trainer's arguments that need no weights, so that bad input fails before a GPU minute is spent."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import LoraConfig, PeftConfig, PromptLearningConfig
+from peft import PeftConfig, PromptLearningConfig
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from .config import OnPolicyDistillConfig
 from .teachers import AdapterTeacher, LocalTeacher
 from .vocabulary import as_tokenizer, shared_vocab_size
+from .weighting import special_token_ids
 
 
 def check_sources(
@@ -91,13 +94,30 @@ def check_peft(peft_config: PeftConfig | None, model: object) -> None:
                 "tokens, which would shift every position against the teacher's. Use e.g. LoraConfig."
             )
         targets = getattr(config, "target_modules", None)
-        names = [targets] if isinstance(targets, str) else list(targets or [])
-        if isinstance(config, LoraConfig) and any(n.split(".")[-1] in ("lm_head", "embed_out") for n in names):
+        if _targets_head(targets):
+            shown = targets if isinstance(targets, str) else sorted(targets)  # type: ignore[arg-type]
             raise ValueError(
-                f"peft_config must not target the language-model head, got target_modules={sorted(names)}. The "
+                f"peft_config must not target the language-model head, got target_modules={shown!r}. The "
                 "divergence multiplies by the head's weight directly, so its adapter would never be trained. Remove "
                 "it from target_modules, or train the whole head with modules_to_save=['lm_head']."
             )
+
+
+def _targets_head(targets: Any) -> bool:
+    """Whether `target_modules` (names, or one regular expression over the full name) covers an output embedding."""
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in ("lm_head", "base.lm_head", "embed_out"))
+    return any(name.split(".")[-1] in ("lm_head", "embed_out") for name in targets or ())
+
+
+def check_adapter(teacher: object, model: Any, peft_config: PeftConfig | None) -> None:
+    """A teacher that is an adapter of the student needs a student that has it."""
+    if isinstance(teacher, AdapterTeacher):
+        has_adapters = isinstance(model, nn.Module) and is_peft_model(model)
+        adapters, active = (list(model.peft_config), model.active_adapters) if has_adapters else ([], [])
+        if peft_config is not None:
+            adapters, active = [*adapters, "default"], ["default"]
+        teacher.check_student(adapters, active)
 
 
 def check_path(path: str, what: str) -> None:
@@ -113,7 +133,7 @@ def check_path(path: str, what: str) -> None:
 
 
 def _load(auto: Any, path: str, kwargs: Mapping[str, Any]) -> Any:
-    """A config or tokenizer that may not be there."""
+    """A config, tokenizer or processor that may not be there."""
     keep = {k: kwargs[k] for k in ("revision", "trust_remote_code", "subfolder", "token", "cache_dir") if k in kwargs}
     try:
         return auto.from_pretrained(path, **keep)
@@ -129,7 +149,27 @@ def _tokenizer_of(model: object, config: PretrainedConfig | None, kwargs: Mappin
     path = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
     if not path:
         return None
-    return as_tokenizer(_load(AutoTokenizer, path, kwargs) or _load(AutoProcessor, path, kwargs))
+    tokenizer = as_tokenizer(_load(AutoTokenizer, path, kwargs) or _load(AutoProcessor, path, kwargs))
+    # Where no tokenizer was saved, transformers makes up one of the model's type that knows a few special tokens only
+    made_up = tokenizer is not None and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return None if made_up else tokenizer
+
+
+def _student_tokenizer(model: Any, args: OnPolicyDistillConfig, processing_class: object) -> Any:
+    kwargs = _student_kwargs(args)
+    return as_tokenizer(processing_class) or _tokenizer_of(model, _config_of(model, kwargs), kwargs)
+
+
+def _student_kwargs(args: OnPolicyDistillConfig) -> Mapping[str, Any]:
+    return {"trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
+
+
+def check_masked_tokens(args: OnPolicyDistillConfig, model: Any, processing_class: object) -> None:
+    """The tokens of `special_token_masking` must be tokens; a tokenizer that is not known yet is asked later."""
+    if args.special_token_masking:
+        tokenizer = _student_tokenizer(model, args, processing_class)
+        if tokenizer is not None:
+            special_token_ids(args.special_token_masking, tokenizer)
 
 
 def check_teacher(
@@ -152,15 +192,20 @@ def check_teacher(
         check_path(model, "model")
     if teacher is None or isinstance(teacher, AdapterTeacher):
         return None
-    student_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
-    student_config = _config_of(model, student_kwargs)
-    student_tokenizer = as_tokenizer(processing_class) or _tokenizer_of(model, student_config, student_kwargs)
+    student_config = _config_of(model, _student_kwargs(args))
+    student_tokenizer = _student_tokenizer(model, args, processing_class)
     student_size = None if student_config is None else student_config.get_text_config().vocab_size
     teacher_tokenizer = as_tokenizer(teacher_processing_class)
     if isinstance(teacher, LocalTeacher):
         if isinstance(teacher.model, str):
             check_path(teacher.model, "teacher_model")
         config = _config_of(teacher.model, teacher.init_kwargs)
+        if config is None and isinstance(teacher.model, str) and "config" not in teacher.init_kwargs:
+            raise ValueError(
+                f"teacher_model must be a model's folder or a hub id, got {teacher.model!r}, whose config.json cannot "
+                "be read. Nothing can be loaded from it. Check the path or id, its revision, and your access to the "
+                "hub."
+            )
         teacher_tokenizer = teacher_tokenizer or _tokenizer_of(teacher.model, config, teacher.init_kwargs)
         teacher_size = None if config is None else config.get_text_config().vocab_size
     else:

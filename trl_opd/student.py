@@ -55,6 +55,7 @@ def distillation_head(
     *,
     vocab_size: int | None,
     per_token_grad: bool,
+    overlap_top_k: int,
 ) -> HeadCall:
     """
     The call that the student's forward makes with its hidden states.
@@ -65,6 +66,7 @@ def distillation_head(
         args ([`OnPolicyDistillConfig`]): The objective.
         vocab_size (`int`, *optional*): Leading head entries to compare.
         per_token_grad (`bool`): Whether log-probs and entropy must carry gradient.
+        overlap_top_k (`int`): Size of the top sets to compare, 0 for none.
     """
     target_ids: Tensor = batch.inputs["completion_ids"]
     num_tokens = target_ids.shape[1]
@@ -108,7 +110,7 @@ def distillation_head(
                 support=support,
                 support_size=args.support_size,
                 tail=args.support_tail,
-                overlap_top_k=args.overlap_top_k,
+                overlap_top_k=overlap_top_k,
                 per_token_grad=per_token_grad,
                 vocab_size=vocab_size,
                 chunk_bytes=None if args.loss_chunk_mib is None else args.loss_chunk_mib << 20,

@@ -21,7 +21,9 @@ from .credit import sampled_advantages
 from .heads import add_head_branch
 from .metrics import TokenMetrics, add_direct, add_policy_gradient
 from .preflight import (
+    check_adapter,
     check_dataset,
+    check_masked_tokens,
     check_mix,
     check_peft,
     check_reward_group,
@@ -127,6 +129,11 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(dataset, name, environment_factory)
         check_peft(peft_config, model)
+        check_adapter(teacher, model, peft_config)
+        no_rewards = reward_funcs is None or reward_funcs == []
+        if teacher is not None:
+            check_mix(args, not no_rewards)
+            check_masked_tokens(args, model, processing_class)
         self._vocab_size = check_teacher(teacher, model, args, processing_class, teacher_processing_class)
 
         self.teacher: Any = teacher
@@ -134,7 +141,6 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         if teacher is None:
             self._name, self._paper, self._tag_names = GRPOTrainer._name, GRPOTrainer._paper, GRPOTrainer._tag_names
-        no_rewards = reward_funcs is None or reward_funcs == []
         placeholder = teacher is not None and no_rewards
         super().__init__(
             model=model,
@@ -200,12 +206,21 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         mask = self._distill_mask(output)
         output["num_distill_tokens"] = self.accelerator.gather(mask.sum()).sum().float()
         if not getattr(self.teacher, "scores_in_loss", False):
-            batch = self._teacher_batch(output, mask, examples=inputs)
-            scores = ask(self.teacher, batch)
-            require_scores(scores, self.args.credit, teacher_name(self.teacher))
-            self._stop_on(find_bad_score(scores, mask), output)
-            output.update(scores.to_inputs())
+            output.update(self._ask_once(output, mask, inputs).to_inputs())
         return output
+
+    def _ask_once(self, output: dict[str, Any], mask: Tensor, examples: list[dict[str, Any]]) -> TeacherScores:
+        """The teacher's answer to a generation batch. A failure of any kind stops all processes."""
+        scores = TeacherScores()
+        problem: str | Exception | None = None
+        try:
+            scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples))
+            require_scores(scores, self.args.credit, teacher_name(self.teacher))
+            problem = self._describe(find_bad_score(scores, mask), output)
+        except Exception as error:  # of whatever kind: the other processes wait for this one
+            problem = error
+        self._stop_on(problem)
+        return scores
 
     def _forget_placeholder(self) -> None:
         mode = "train" if self.model.training else "eval"
@@ -253,22 +268,19 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         return loss + self.args.distill_coef * batch.output.loss
 
     def _make_micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
-        training = self.model.training
         mask = self._distill_mask(inputs)
-        weights = reduction_weights(
-            mask,
-            self.loss_type,
-            num_items=inputs["num_distill_tokens"],
-            num_processes=self.accelerator.num_processes,
-            max_completion_length=self.max_completion_length,
-            accumulation=self._accumulation,
-            steps_per_generation=self.args.steps_per_generation if training else 1.0,
-        )
+        weights = self._reduction_weights(mask, inputs["num_distill_tokens"])
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:
             weights = weights * ratio
         # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
-        return MicroBatch(dict(inputs), self._loss_mask(inputs), mask, weights, TeacherScores.from_inputs(inputs))
+        inputs, loss_mask = dict(inputs), self._loss_mask(inputs)
+        if self.args.credit == "direct" and "old_per_token_logps" in inputs:
+            # The head leaves the log-probs of tokens outside the loss at 0: a ratio to their old ones would overflow
+            inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)
+            if not self._needs_per_token_grad:  # nor is there a surrogate
+                del inputs["old_per_token_logps"]
+        return MicroBatch(inputs, loss_mask, mask, weights, TeacherScores.from_inputs(inputs))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         batch = self._micro_batch
@@ -297,11 +309,12 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self.args,
             vocab_size=self._vocab_size,
             per_token_grad=self._needs_per_token_grad,
+            overlap_top_k=self.args.overlap_top_k if self._is_logged else 0,
         )
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output
         if scores.hidden_states is not None:
-            self._stop_on(find_bad_token(output, batch.distill_mask), batch.inputs)
+            self._stop_on(self._describe(find_bad_token(output, batch.distill_mask), batch.inputs))
         log_probs, entropy = output.log_probs, output.entropy
         assert log_probs is not None and entropy is not None
         if not self._needs_per_token_grad:
@@ -312,7 +325,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
     ) -> Any:
         batch.scores = self._scores(batch, model_inputs)
-        self._stop_on(find_bad_score(batch.scores, batch.distill_mask), batch.inputs)
+        self._stop_on(self._describe(find_bad_score(batch.scores, batch.distill_mask), batch.inputs))
         return model(**model_inputs, labels=labels, fused_lm_head=True)
 
     def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> TeacherScores:
@@ -335,27 +348,58 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self._mode_metrics, batch, logps.detach(), teacher, entropies, advantages, self._accumulation
         )
         rewards = inputs["advantages"][:, None] if self._has_rewards else 0.0
-        inputs["advantages"] = self.args.distill_coef * advantages + rewards
+        inputs["advantages"] = self.args.distill_coef * self._mask_ratio(batch) * advantages + rewards
+
+    def _reduction_weights(self, mask: Tensor, num_items: Tensor) -> Tensor:
+        return reduction_weights(
+            mask,
+            self.loss_type,
+            num_items=num_items,
+            num_processes=self.accelerator.num_processes,
+            max_completion_length=self.max_completion_length,
+            accumulation=self._accumulation,
+            steps_per_generation=self.args.steps_per_generation if self.model.training else 1.0,
+        )
+
+    def _mask_ratio(self, batch: MicroBatch) -> Tensor | float:
+        """GRPO's surrogate divides by all of its tokens: what brings it to a mean over those that are distilled."""
+        if not self._masked_ids and self._vocab_size is None:
+            return 1.0
+        ours = self._reduction_weights(batch.distill_mask, batch.inputs["num_distill_tokens"])
+        return ours / self._reduction_weights(batch.loss_mask, batch.inputs["num_items_in_batch"]).clamp(min=1e-30)
 
     # Alarms and metrics
 
-    def _stop_on(self, bad: tuple[int, int, float] | None, inputs: dict[str, Any]) -> None:
-        """If any process saw a bad score, save a checkpoint on all of them and stop."""
-        flag = torch.tensor(float(bad is not None), device=self.accelerator.device)
+    def _describe(self, bad: tuple[int, int, float] | None, inputs: dict[str, Any]) -> str | None:
+        """Which token of which sample has the bad score."""
+        if bad is None:
+            return None
+        row, token, value = bad
+        prompt = self._tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()][-60:])
+        return f"{value} at completion token {token} of batch row {row}, whose prompt ends in {prompt!r}"
+
+    def _stop_on(self, problem: str | Exception | None) -> None:
+        """If any process met a bad score or a failing teacher, save a checkpoint on all of them and stop."""
+        flag = torch.tensor(float(problem is not None), device=self.accelerator.device)
         if self.accelerator.reduce(flag, reduction="sum").item() == 0:
             return
-        if self.model.training:
+        saved = ""
+        if self.is_in_train:
             self._save_checkpoint(self.model, trial=None)
-        where = "on another process"
-        if bad is not None:
-            row, token, value = bad
-            prompt = self._tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()][-60:])
-            where = f"{value} at completion token {token} of batch row {row}, whose prompt ends in {prompt!r}"
-        saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}." * self.model.training
+            saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}."
+        teacher = f"Teacher {teacher_name(self.teacher)!r}"
+        if isinstance(problem, Exception):
+            what = str(problem) if isinstance(problem, TeacherScoreError) else f"{teacher} failed: {problem!r}."
+            raise TeacherScoreError(f"{what} No step was taken.{saved}") from problem
+        if problem is None:
+            raise TeacherScoreError(
+                f"{teacher} failed or returned bad scores on another process, whose message says more. No step was "
+                f"taken.{saved}"
+            )
         raise TeacherScoreError(
-            f"Teacher {teacher_name(self.teacher)!r} returned a score that is not finite: {where}. Training on it "
-            f"would destroy the student, so no step was taken.{saved} Check the teacher's dtype (float16 overflows in "
-            "many models) and that it gives every token of the vocabulary a probability."
+            f"{teacher} returned a score that is not finite: {problem}. Training on it would destroy the student, so "
+            f"no step was taken.{saved} Check the teacher's dtype (float16 overflows in many models) and that it "
+            "gives every token of the vocabulary a probability."
         )
 
     def _forget_surrogate(self) -> None:
@@ -370,6 +414,14 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     @property
     def _mode_metrics(self) -> TokenMetrics:
         return self._token_metrics["train" if self.model.training else "eval"]
+
+    @property
+    def _is_logged(self) -> bool:
+        """Whether the optimizer step that is being made ends in a log line."""
+        if not self.model.training:
+            return True
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return step % every == 0 or step == self.state.max_steps or (step == 1 and self.args.logging_first_step)
 
     @property
     def _accumulation(self) -> float:

@@ -30,7 +30,7 @@ def special_token_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenize
             ids.update(tokenizer.all_special_ids)
         elif token == "added":
             ids.update(tokenizer.get_added_vocab().values())
-        elif isinstance(token, int) or (isinstance(token, str) and token.isdigit() and token not in vocabulary):
+        elif str(token).isdigit() and token not in vocabulary and int(token) <= max(vocabulary.values()):
             ids.add(int(token))
         elif token in vocabulary:
             ids.add(vocabulary[token])

@@ -14,7 +14,7 @@ from .projection import Head
 from .supports import SUPPORTS, TAILS
 
 BACKENDS = ("auto", "torch", "liger")
-_CPU_CHUNK_BYTES = 128 << 20
+_CPU_CHUNK_BYTES = 64 << 20
 _DEVICE_CHUNK_BYTES = 512 << 20
 
 
@@ -125,7 +125,7 @@ def fused_linear_divergence(
             Make `.divergence`, `.student_logprobs` and `.student_entropy` differentiable. The backward pass then
             projects again (6 GEMMs instead of 4). Without any teacher, log-probs and entropy alone.
         vocab_size (`int`, *optional*): Compare the first `vocab_size` entries only.
-        chunk_bytes (`int`, *optional*): Memory for a chunk's logits; 128 MiB on a CPU, 512 MiB elsewhere.
+        chunk_bytes (`int`, *optional*): Memory for a chunk's logits; 64 MiB on a CPU, 512 MiB elsewhere.
         gather (`Callable`, *optional*): Context in which partitioned weights are whole (ZeRO-3), entered in the
             backward pass of `per_token_grad`; the caller holds it open in the forward pass.
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -178,6 +178,7 @@ def fused_linear_divergence(
     teacher_dtype = dtype
     if teacher_hidden is not None and head is not None and dtype != torch.float64:
         teacher_dtype = _operand_dtype(teacher_hidden, head.weight)
+        teacher_dtype = torch.float32 if teacher_dtype == torch.float64 else teacher_dtype
     targets = take(target_ids)
     problem = Problem(
         divergence=name,

@@ -13,6 +13,8 @@ gradients are known only in the backward pass, which projects again (6 GEMMs).
 Shapes: N rows (tokens), H hidden, V vocabulary, K support.
 """
 
+import math
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .projection import Head, Projector, shape_logits
-from .rows import CORES, log_softmax_rows, logit_gradient, make_rows, row_dot
+from .rows import CORES, Normalized, logit_gradient, make_rows, normalize, row_dot
 from .supports import Support, gather_logprobs, rest_mass, scatter_valid, select_ids, support_divergence
 
 STATS = (
@@ -84,6 +86,21 @@ class _Upstream:
     entropy: Tensor | None = None
 
 
+_workspaces = threading.local()
+
+
+def _workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised buffer. On the CPU the last one is kept: asking the system for fresh pages costs a pass."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape)
+    kept: Tensor | None = getattr(_workspaces, str(dtype), None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype)
+        setattr(_workspaces, str(dtype), kept)
+    return kept[:size].view(shape)
+
+
 class _Pass:
     """One walk over the chunks: statistics, and gradients if asked for."""
 
@@ -114,29 +131,28 @@ class _Pass:
         """Fill and return the statistics, `(len(STATS), N)`."""
         size, n = self.p.vocab_size, self.hidden.shape[0]
         need_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
-        student_buffer = self.hidden.new_empty((min(self.rows, n), size), dtype=self.dtype)
-        teacher_buffer = torch.empty_like(student_buffer) if self.teacher_projector is not None else None
+        shape = (1 if self.teacher_projector is None else 2, min(self.rows, n), size)
+        buffers = _workspace(shape, self.dtype, self.hidden.device)
+        student_buffer, teacher_buffer = buffers[0], buffers[-1]
         for start in range(0, n, self.rows):
             sl = slice(start, min(start + self.rows, n))
             logits = self.projector.logits(self.hidden[sl], student_buffer[: sl.stop - start])
             teacher_logits = None
             if self.teacher_projector is not None:
-                assert teacher_buffer is not None and self.p.teacher_hidden is not None
+                assert self.p.teacher_hidden is not None
                 teacher_logits = self.teacher_projector.logits(
                     self.p.teacher_hidden[sl], teacher_buffer[: sl.stop - start]
                 )
             block = self._block_rows(logits)
             for i in range(0, logits.shape[0], block):
                 rows = slice(i, min(i + block, logits.shape[0]))
-                grad = self._block(
+                self._block(
                     logits[rows],
                     None if teacher_logits is None else teacher_logits[rows],
                     slice(start + rows.start, start + rows.stop),
                     need_grad,
                     upstream,
                 )
-                if grad is not None:
-                    logits[rows] = grad
             if need_grad:
                 weights = None if upstream is not None or self.p.weights is None else self.p.weights[sl].to(self.dtype)
                 if grad_bias is not None:
@@ -157,112 +173,103 @@ class _Pass:
 
     def _block(
         self, logits: Tensor, teacher_logits: Tensor | None, sl: slice, need_grad: bool, upstream: _Upstream | None
-    ) -> Tensor | None:
-        """Statistics of the rows `sl`, and the gradient of their divergence (or of `upstream`) in the raw logits."""
+    ) -> None:
+        """Statistics of the rows `sl`; the gradient of their divergence (or of `upstream`) overwrites `logits`."""
         p = self.p
         slope = shape_logits(logits, p.student_logit_scale, p.student_softcap, p.temperature)
-        student_logprobs = log_softmax_rows(logits)
-        grad = None
+        student = normalize(logits)
         if teacher_logits is not None:
             assert p.teacher is not None
             shape_logits(teacher_logits, p.teacher.logit_scale, p.teacher.softcap, p.temperature)
-            grad, student_probs = self._dense(student_logprobs, log_softmax_rows(teacher_logits), sl)
+            self._dense(student, normalize(teacher_logits), sl, logits)
         elif p.topk is not None:
-            grad, student_probs = self._sparse(student_logprobs, sl)
-        else:
-            student_probs = student_logprobs.exp()
-        entropy = -row_dot(student_probs, student_logprobs)
+            self._sparse(student, sl, logits)
+        logprobs, probs = student.logprobs, student.probs
+        entropy = -row_dot(probs, logprobs)
         self._set("student_entropy", sl, entropy)
         if p.target_ids is not None:
-            self._set("student_logprobs", sl, student_logprobs.gather(-1, p.target_ids[sl, None]).squeeze(-1))
+            self._set("student_logprobs", sl, logprobs.gather(-1, p.target_ids[sl, None]).squeeze(-1))
         if not need_grad:
-            return None
+            return
         if upstream is not None:
-            grad = self._upstream_gradient(grad, student_probs, student_logprobs, entropy, sl, upstream)
-        assert grad is not None
+            self._apply_upstream(logits, probs, logprobs, entropy, sl, upstream)
         if slope is not None:
-            grad *= slope
+            logits *= slope
         elif p.student_logit_scale != p.temperature:
-            grad *= p.student_logit_scale / p.temperature
-        return grad
+            logits *= p.student_logit_scale / p.temperature
 
-    def _dense(self, student_logprobs: Tensor, teacher_logprobs: Tensor, sl: slice) -> tuple[Tensor, Tensor]:
+    def _dense(self, student: Normalized, teacher: Normalized, sl: slice, grad: Tensor) -> None:
         p = self.p
-        rows = make_rows(student_logprobs, teacher_logprobs)
+        rows = make_rows(student, teacher)
         self._set("forward_kl", sl, rows.forward_kl)
         self._set("reverse_kl", sl, rows.reverse_kl)
-        self._set("teacher_entropy", sl, -row_dot(rows.teacher_probs, teacher_logprobs))
+        self._set("teacher_entropy", sl, -row_dot(rows.teacher_probs, rows.teacher_logprobs))
         if p.target_ids is not None:
-            self._set("teacher_logprobs", sl, teacher_logprobs.gather(-1, p.target_ids[sl, None]).squeeze(-1))
+            self._set("teacher_logprobs", sl, rows.teacher_logprobs.gather(-1, p.target_ids[sl, None]).squeeze(-1))
         if p.overlap_top_k:
             k = min(p.overlap_top_k, p.vocab_size)
-            self._set("overlap", sl, _overlap(student_logprobs, teacher_logprobs.topk(k, dim=-1).indices))
+            self._set("overlap", sl, _overlap(student.logprobs, teacher.logprobs.topk(k, dim=-1).indices))
         if p.support == "full":
             value, gradient = CORES[p.divergence](rows, **p.params)
             self._set("divergence", sl, value)
-            return logit_gradient(rows, gradient), rows.student_probs
-        ids = select_ids(student_logprobs, teacher_logprobs, p.support, p.support_size)
+            logit_gradient(rows, gradient, out=grad)
+            return
+        ids = select_ids(student.logprobs, teacher.logprobs, p.support, p.support_size)
         support = Support(
             ids,
-            gather_logprobs(student_logprobs, ids),
-            gather_logprobs(teacher_logprobs, ids),
-            rest_mass(rows.student_probs, ids),
-            rest_mass(rows.teacher_probs, ids),
-            complete=ids.shape[1] >= p.vocab_size,
+            gather_logprobs(student.logprobs, ids),
+            gather_logprobs(teacher.logprobs, ids),
+            rest_mass(student.probs, ids),
+            rest_mass(teacher.probs, ids),
+            complete=p.support_size >= p.vocab_size,
         )
-        return self._on_support(support, rows.student_probs, sl, stats=False), rows.student_probs
+        self._on_support(support, student.probs, sl, grad, stats=False)
 
-    def _sparse(self, student_logprobs: Tensor, sl: slice) -> tuple[Tensor, Tensor]:
+    def _sparse(self, student: Normalized, sl: slice, grad: Tensor) -> None:
         assert self.p.topk is not None
         ids, teacher = self.p.topk[0][sl], self.p.topk[1][sl].to(self.dtype)
+        ids = ids.masked_fill(ids >= self.p.vocab_size, -1)  # an entry that the student lacks is part of the rest
         teacher = teacher.masked_fill(ids < 0, -torch.inf)
-        student_probs = student_logprobs.exp()
         # The teacher's rest is a difference of rounded numbers: below their resolution it is unknown, but not zero
         resolution = torch.finfo(self.dtype).eps
         support = Support(
             ids,
-            gather_logprobs(student_logprobs, ids),
+            gather_logprobs(student.logprobs, ids),
             teacher,
-            rest_mass(student_probs, ids).clamp_(min=torch.finfo(self.dtype).tiny),
+            rest_mass(student.probs, ids).clamp_(min=torch.finfo(self.dtype).tiny),
             (1 - teacher.exp().sum(-1)).clamp(min=resolution),
-            complete=ids.shape[1] >= self.p.vocab_size,
+            complete=ids.shape[1] >= self.p.vocab_size and bool((ids >= 0).all()),
         )
         if self.p.overlap_top_k:
             k = min(self.p.overlap_top_k, ids.shape[1])
             top = teacher.topk(k, dim=-1).indices
-            self._set("overlap", sl, _overlap(student_logprobs, ids.gather(-1, top)))
-        return self._on_support(support, student_probs, sl, stats=True), student_probs
+            self._set("overlap", sl, _overlap(student.logprobs, ids.gather(-1, top)))
+        self._on_support(support, student.probs, sl, grad, stats=True)
 
-    def _on_support(self, support: Support, student_probs: Tensor, sl: slice, stats: bool) -> Tensor:
+    def _on_support(self, support: Support, student_probs: Tensor, sl: slice, grad: Tensor, stats: bool) -> None:
         result = support_divergence(support, self.p.divergence, self.p.params, self.p.tail)
         self._set("divergence", sl, result.value)
         if stats:
             self._set("forward_kl", sl, result.forward_kl)
             self._set("reverse_kl", sl, result.reverse_kl)
             self._set("teacher_entropy", sl, result.teacher_entropy)
-        grad = student_probs * result.outside.to(self.dtype)[:, None]
-        return scatter_valid(grad, support.ids, result.support_gradient.to(self.dtype))
+        torch.mul(student_probs, result.outside.to(self.dtype)[:, None], out=grad)
+        scatter_valid(grad, support.ids, result.support_gradient.to(self.dtype))
 
-    def _upstream_gradient(
-        self,
-        grad: Tensor | None,
-        probs: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        sl: slice,
-        upstream: _Upstream,
-    ) -> Tensor:
-        """Σ of upstream × gradient over the divergence, the target's log-prob (δ_y − s) and the entropy."""
-        total = torch.zeros_like(probs) if grad is None or upstream.divergence is None else grad
-        if grad is not None and upstream.divergence is not None:
-            total *= upstream.divergence[sl, None]
+    def _apply_upstream(
+        self, grad: Tensor, probs: Tensor, logprobs: Tensor, entropy: Tensor, sl: slice, upstream: _Upstream
+    ) -> None:
+        """Turn ∂D in `grad` into Σ of upstream × gradient over divergence, target's log-prob (δ_y − s) and entropy."""
+        if self.p.has_teacher and upstream.divergence is not None:
+            grad *= upstream.divergence[sl, None]
+        else:
+            grad.zero_()
         if upstream.logprobs is not None:
             assert self.p.target_ids is not None
             u = upstream.logprobs[sl, None]
-            total.addcmul_(probs, u, value=-1).scatter_add_(-1, self.p.target_ids[sl, None], u)
+            grad.addcmul_(probs, u, value=-1).scatter_add_(-1, self.p.target_ids[sl, None], u)
         if upstream.entropy is not None:
-            total.addcmul_(probs, (logprobs + entropy[:, None]).mul_(upstream.entropy[sl, None]), value=-1)
-        return total
+            grad.addcmul_(probs, (logprobs + entropy[:, None]).mul_(upstream.entropy[sl, None]), value=-1)
 
     def _set(self, name: str, sl: slice, value: Tensor) -> None:
         # A student that puts mass where the teacher has none has an infinite KL; the rows carry it as 1e30
@@ -293,6 +300,11 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Their product, out of place (a second backward sees the same gradient), the scale not rounded to its dtype."""
+    return torch.mul(gradient, scale.detach().reshape(1), out=torch.empty_like(gradient))
+
+
 class GradientInForward(torch.autograd.Function):
     """`(loss, stats)`: the gradient of the weighted sum is formed in the forward pass and scaled in the backward."""
 
@@ -314,8 +326,7 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Out of place, so that a second backward sees the same gradients
-        return *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None
+        return *(None if g is None else _scaled(g, grad_loss) for g in ctx.saved_tensors), None
 
 
 class PerToken(torch.autograd.Function):

@@ -31,7 +31,8 @@ class Rows(NamedTuple):
     teacher_logprobs: Tensor  # (n, V)
     student_probs: Tensor  # (n, V)
     teacher_probs: Tensor  # (n, V)
-    log_ratio: Tensor  # (n, V), log t - log s
+    gap: Tensor  # (n, V), log s - log t
+    mean_gap: Tensor  # (n,), Σ s·gap: the reverse KL with the rounding of `gap`, so that it centres its gradient
     forward_kl: Tensor  # (n,)
     reverse_kl: Tensor  # (n,)
 
@@ -46,15 +47,29 @@ class Gradient(NamedTuple):
 Core = Callable[..., tuple[Tensor, Gradient]]
 
 
+class Normalized(NamedTuple):
+    """Logits and the distribution they give."""
+
+    logits: Tensor  # (n, V)
+    maximum: Tensor  # (n, 1), the largest logit
+    max_logprob: Tensor  # (n, 1), its log-prob
+    logprobs: Tensor  # (n, V)
+    probs: Tensor  # (n, V)
+
+
+def normalize(logits: Tensor) -> Normalized:
+    """Normalise `(n, V)` logits; in place, a logit of `-inf` becomes a finite one whose probability is zero."""
+    logits.clamp_(min=-1e30)
+    probs = torch.softmax(logits, dim=-1)
+    maximum = logits.amax(dim=-1, keepdim=True)
+    # The largest probability is exp(max − log Z): its logarithm spares a second pass of exponentials
+    max_logprob = probs.amax(dim=-1, keepdim=True).log_()
+    return Normalized(logits, maximum, max_logprob, (logits - maximum).add_(max_logprob), probs)
+
+
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_v a·b for `(n, V)` inputs without a product tensor."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
-
-
-def log_softmax_rows(logits: Tensor) -> Tensor:
-    """Log-softmax of `(n, V)`; an entry of `-inf` becomes a finite log-prob whose probability is exactly zero."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    return logprobs.clamp_(min=-1e30)
+    """Σ_v a·b for `(n, V)` inputs."""
+    return torch.linalg.vecdot(a, b)
 
 
 def kl_terms(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
@@ -63,23 +78,39 @@ def kl_terms(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
     return torch.where(e > _MAX_LOG_RATIO, q, p * (torch.expm1(e.clamp(max=_MAX_LOG_RATIO)) - e))
 
 
-def _kl(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
-    value = -row_dot(p, log_q_over_p)
-    if value.is_cuda:  # no data-dependent branch where it would wait for the device
-        return torch.where(value < _SMALL_KL, kl_terms(p, q, log_q_over_p).sum(-1), value)
-    small = (value < _SMALL_KL).nonzero().squeeze(-1)
-    if small.numel():
-        value[small] = kl_terms(p[small], q[small], log_q_over_p[small]).sum(-1)
-    return value
+def _small_kls(s: Tensor, t: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL without cancellation, sharing one `expm1`."""
+    if gap.is_cuda or bool(gap.amin() < -_MAX_LOG_RATIO):
+        return kl_terms(t, s, gap).sum(-1), kl_terms(s, t, -gap).sum(-1)
+    x = torch.expm1(-gap)  # t/s - 1
+    forward = torch.addcmul(s * x, t, gap).sum(-1).neg_().clamp_(min=0)  # near 1e-13 it may round below 0
+    return forward, row_dot(s, x.add_(gap))
 
 
-def make_rows(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Rows:
-    """All that the cores share, from log-probs of shape `(n, V)`."""
-    student_probs, teacher_probs = student_logprobs.exp(), teacher_logprobs.exp()
-    log_ratio = teacher_logprobs - student_logprobs
-    forward_kl = _kl(teacher_probs, student_probs, -log_ratio)
-    reverse_kl = _kl(student_probs, teacher_probs, log_ratio)
-    return Rows(student_logprobs, teacher_logprobs, student_probs, teacher_probs, log_ratio, forward_kl, reverse_kl)
+def _kls(s: Tensor, t: Tensor, gap: Tensor, mean_gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL, `(n,)` each."""
+    forward, reverse = -row_dot(t, gap), mean_gap
+    small = torch.minimum(forward, reverse) < _SMALL_KL
+    if not gap.is_cuda:  # where looking costs nothing, take the second look at the rows that need it only
+        rows = small.nonzero().squeeze(-1)
+        if rows.numel() == 0:
+            return forward, reverse
+        if rows.numel() < small.numel():
+            few = _small_kls(s[rows], t[rows], gap[rows])
+            return forward.index_copy(0, rows, few[0]), reverse.index_copy(0, rows, few[1])
+    precise = _small_kls(s, t, gap)
+    return torch.where(small, precise[0], forward), torch.where(small, precise[1], reverse)
+
+
+def make_rows(student: Normalized, teacher: Normalized) -> Rows:
+    """All that the cores share."""
+    # Differences of logits are exact where the models agree, differences of rounded log-probs are not. What is left is
+    # the rounding of one number a row, which cancels from values and gradients.
+    shift = (student.maximum - teacher.maximum) - (student.max_logprob - teacher.max_logprob)
+    gap = (student.logits - teacher.logits).sub_(shift)
+    mean_gap = row_dot(student.probs, gap)
+    kls = _kls(student.probs, teacher.probs, gap, mean_gap)
+    return Rows(student.logprobs, teacher.logprobs, student.probs, teacher.probs, gap, mean_gap, *kls)
 
 
 def _forward_kl(r: Rows) -> tuple[Tensor, Gradient]:
@@ -87,13 +118,12 @@ def _forward_kl(r: Rows) -> tuple[Tensor, Gradient]:
 
 
 def _reverse_kl(r: Rows) -> tuple[Tensor, Gradient]:
-    a = r.student_probs * r.log_ratio
-    return r.reverse_kl, Gradient(a.neg_(), r.reverse_kl)
+    return r.reverse_kl, Gradient(r.student_probs * r.gap, r.mean_gap)
 
 
 def _log_mixture_ratio(r: Rows, teacher_weight: float) -> tuple[Tensor, Tensor]:
-    """`(d, u)`: the log-ratio within ±80, and log m − log s for m = w·t + (1 − w)·s."""
-    d = r.log_ratio.clamp(-80.0, 80.0)
+    """`(d, u)`: log t − log s within ±80, and log m − log s for m = w·t + (1 − w)·s."""
+    d = r.gap.neg().clamp_(-80.0, 80.0)
     return d, torch.expm1(d).mul_(teacher_weight).log1p_()
 
 
@@ -128,7 +158,7 @@ def _total_variation(r: Rows) -> tuple[Tensor, Gradient]:
 
 
 def _alpha_divergence(r: Rows, alpha: float) -> tuple[Tensor, Gradient]:
-    s, t, d = r.student_probs, r.teacher_probs, r.log_ratio
+    s, t, d = r.student_probs, r.teacher_probs, -r.gap
     cross = (alpha * r.teacher_logprobs + (1 - alpha) * r.student_logprobs).exp_()
     near = d.clamp(-1.0, 1.0)
     terms = torch.where(
@@ -141,7 +171,7 @@ def _alpha_divergence(r: Rows, alpha: float) -> tuple[Tensor, Gradient]:
 
 
 def _alpha_beta_divergence(r: Rows, alpha: float, beta: float) -> tuple[Tensor, Gradient]:
-    total, d = alpha + beta, r.log_ratio
+    total, d = alpha + beta, -r.gap
     cross = (alpha * r.teacher_logprobs + beta * r.student_logprobs).exp_()
     student_power = (total * r.student_logprobs).exp_()
     near = d.clamp(-1.0, 1.0)
@@ -155,11 +185,12 @@ def _alpha_beta_divergence(r: Rows, alpha: float, beta: float) -> tuple[Tensor, 
 
 
 def _todi(r: Rows, scale: float) -> tuple[Tensor, Gradient]:
-    weight = torch.sigmoid(scale * r.log_ratio)
+    weight = torch.sigmoid(-scale * r.gap)
     forward, reverse = weight * r.teacher_probs, (1 - weight) * r.student_probs
-    value = row_dot(forward - reverse, r.log_ratio)
+    difference = reverse - forward
+    value = row_dot(difference, r.gap)
     # -w t + (1 - w) s (log s - log t + 1)
-    a = torch.addcmul(reverse - forward, reverse, r.log_ratio, value=-1)
+    a = difference.addcmul_(reverse, r.gap)
     return value, Gradient(a, a.sum(-1))
 
 
@@ -167,8 +198,8 @@ def _adaptive_kl(r: Rows, head_mass: float) -> tuple[Tensor, Gradient]:
     weight = adaptive_kl_weight(r.student_probs, r.teacher_probs, head_mass)
     rest = 1 - weight
     forward = (r.student_probs - r.teacher_probs).mul_(weight[:, None])
-    reverse = r.student_probs * (r.log_ratio + r.reverse_kl[:, None]).mul_(rest[:, None])
-    return weight * r.forward_kl + rest * r.reverse_kl, Gradient(forward.sub_(reverse), None)
+    reverse = r.student_probs * (r.gap - r.mean_gap[:, None]).mul_(rest[:, None])
+    return weight * r.forward_kl + rest * r.reverse_kl, Gradient(forward.add_(reverse), None)
 
 
 CORES: Mapping[str, Core] = {
@@ -185,8 +216,8 @@ CORES: Mapping[str, Core] = {
 }
 
 
-def logit_gradient(rows: Rows, gradient: Gradient) -> Tensor:
-    """∂D/∂(student logits), shape `(n, V)`; overwrites `gradient.a`."""
+def logit_gradient(rows: Rows, gradient: Gradient, out: Tensor) -> Tensor:
+    """∂D/∂(student logits), shape `(n, V)`, written to `out`."""
     if gradient.total is None:
-        return gradient.a
-    return gradient.a.addcmul_(rows.student_probs, gradient.total[:, None], value=-1)
+        return out.copy_(gradient.a)
+    return torch.addcmul(gradient.a, rows.student_probs, gradient.total[:, None], value=-1, out=out)

@@ -67,10 +67,11 @@ def rest_mass(probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def scatter_valid(target: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-    """Write `values` at `ids` of each row in place, leaving padding out (it repeats the row's first entry)."""
+    """Write `values` at `ids` of each row in place, leaving padding out (it repeats the row's first real entry)."""
     padding = ids < 0
-    ids = torch.where(padding, ids[:, :1], ids)
-    values = torch.where(padding, values[:, :1], values)
+    first = padding.long().argmin(-1, keepdim=True)
+    ids = torch.where(padding, ids.gather(-1, first), ids)
+    values = torch.where(padding, values.gather(-1, first), values)
     return target.scatter_(-1, ids, values)
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """A teacher that is the student's own base model, its adapter off or another one on: no second copy of weights."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
@@ -47,24 +48,34 @@ class AdapterTeacher:
         """Entries of the shared head."""
         return self._trainer.model.config.get_text_config().vocab_size
 
-    def prepare(self, trainer: "GRPOTrainer") -> None:
-        """Check that the student has the adapter."""
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if not is_peft_model(model):
+    def check_student(self, adapters: Collection[str], active: Collection[str]) -> None:
+        """
+        Check that the student has the adapter.
+
+        Args:
+            adapters (`Collection[str]`): Names of the student's adapters, none without PEFT.
+            active (`Collection[str]`): Those that are trained.
+        """
+        if not adapters:
             raise ValueError(
                 f"teacher_model={self.name!r} needs a PEFT student: with full fine-tuning the base weights move with "
                 "the student, which would teach itself. Pass peft_config=, or another teacher_model."
             )
-        if self.adapter_name is not None and self.adapter_name not in model.peft_config:
+        if self.adapter_name is not None and self.adapter_name not in adapters:
             raise ValueError(
                 f"teacher_model names the adapter {self.adapter_name!r}, but the student has "
-                f"{sorted(model.peft_config)}. Load it with model.load_adapter(path, {self.adapter_name!r}) first."
+                f"{sorted(adapters)}. Load it with model.load_adapter(path, {self.adapter_name!r}) first."
             )
-        if self.adapter_name is not None and self.adapter_name in model.active_adapters:
+        if self.adapter_name is not None and self.adapter_name in active:
             raise ValueError(
                 f"teacher_model names the adapter {self.adapter_name!r}, which is the one being trained: every "
                 "divergence from itself is zero. Name another adapter, or 'base'."
             )
+
+    def prepare(self, trainer: "GRPOTrainer") -> None:
+        """Check the student again, as it is now, and keep it."""
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        self.check_student(*((model.peft_config, model.active_adapters) if is_peft_model(model) else ((), ())))
         self._trainer = trainer
 
     def __call__(self, batch: TeacherBatch) -> TeacherScores:

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """The protocol of a teacher, how the `teacher_model=` argument becomes one, and the check of its answers."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -99,7 +100,14 @@ def ask(teacher: Any, batch: TeacherBatch) -> TeacherScores:
                 f"Teacher {name!r} returned {key} of shape {tuple(value.shape)} for completions of shape {shape}. "
                 "Partial scores are never trained on. Return one row per sequence and one entry per completion token."
             )
-        setattr(scores, key, value.to(batch.completion_ids.device).detach())
+        value = value.to(batch.completion_ids.device).detach()
+        # A score that is not asked for may be anything: with a weight of 0 a NaN would still be one
+        keep = batch.completion_mask if value.dim() == 2 else batch.completion_mask[..., None]
+        if key == "topk_ids":
+            value = torch.where(keep, value, torch.arange(value.shape[-1], device=value.device))
+        else:
+            value = value.masked_fill(~keep, 0.0 if key != "topk_logprobs" else -math.log(2 * value.shape[-1]))
+        setattr(scores, key, value)
     if (scores.topk_ids is None) != (scores.topk_logprobs is None):
         raise TeacherScoreError(f"Teacher {name!r} must return topk_ids and topk_logprobs together.")
     return scores

@@ -1,0 +1,158 @@
+"""
+The truth that floors 0 and 1 are tested against: formulas over probabilities, dense projections, autograd.
+
+Nothing here uses trl_opd. Shapes: N tokens, V vocabulary, H hidden. `s` is the student's distribution, `t` the
+teacher's, both `(..., V)` and positive; the value is `(...)`. What a method detaches is detached here too.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(s: Tensor, t: Tensor) -> Tensor:
+    return (t * (t / s).log()).sum(-1)
+
+
+def reverse_kl(s: Tensor, t: Tensor) -> Tensor:
+    return (s * (s / t).log()).sum(-1)
+
+
+def generalized_jsd(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    if beta in (0.0, 1.0):
+        return forward_kl(s, t) if beta == 0.0 else reverse_kl(s, t)
+    m = beta * t + (1 - beta) * s
+    return beta * (t * (t / m).log()).sum(-1) + (1 - beta) * (s * (s / m).log()).sum(-1)
+
+
+def skew_forward_kl(s: Tensor, t: Tensor, skew: float) -> Tensor:
+    return (t * (t / (skew * t + (1 - skew) * s)).log()).sum(-1)
+
+
+def skew_reverse_kl(s: Tensor, t: Tensor, skew: float) -> Tensor:
+    return (s * (s / (skew * s + (1 - skew) * t)).log()).sum(-1)
+
+
+def total_variation(s: Tensor, t: Tensor) -> Tensor:
+    return (s - t).abs().sum(-1) / 2
+
+
+def alpha_divergence(s: Tensor, t: Tensor, alpha: float) -> Tensor:
+    return (1 - (t**alpha * s ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
+
+
+def alpha_beta_divergence(s: Tensor, t: Tensor, alpha: float, beta: float) -> Tensor:
+    c = alpha + beta
+    return -(t**alpha * s**beta - alpha / c * t**c - beta / c * s**c).sum(-1) / (alpha * beta)
+
+
+def todi(s: Tensor, t: Tensor, scale: float) -> Tensor:
+    w = (1 / (1 + (s / t) ** scale)).detach()
+    return (w * t * (t / s).log() + (1 - w) * s * (s / t).log()).sum(-1)
+
+
+def head_entries(t: list[float], head_mass: float) -> set[int]:
+    """Walk down the teacher's entries, adding each whose predecessors hold less than `head_mass`."""
+    head, mass = set(), 0.0
+    for v in sorted(range(len(t)), key=lambda v: -t[v]):
+        if mass >= head_mass:
+            break
+        head.add(v)
+        mass += t[v]
+    return head
+
+
+def adaptive_kl(s: Tensor, t: Tensor, head_mass: float) -> Tensor:
+    V = s.shape[-1]
+    weights = []
+    for s_V, t_V in zip(s.reshape(-1, V).tolist(), t.reshape(-1, V).tolist(), strict=True):
+        head = head_entries(t_V, head_mass)
+        gap = [abs(a - b) for a, b in zip(s_V, t_V, strict=True)]
+        head_gap = sum(gap[v] for v in head)
+        weights.append(head_gap / sum(gap) if sum(gap) else 0.5)
+    w = torch.tensor(weights, dtype=s.dtype).view(s.shape[:-1])
+    return w * forward_kl(s, t) + (1 - w) * reverse_kl(s, t)
+
+
+# One setting of each divergence, none of them symmetric or a special case
+CASES = {
+    "forward_kl": (forward_kl, {}),
+    "reverse_kl": (reverse_kl, {}),
+    "generalized_jsd": (generalized_jsd, {"beta": 0.3}),
+    "skew_forward_kl": (skew_forward_kl, {"skew": 0.2}),
+    "skew_reverse_kl": (skew_reverse_kl, {"skew": 0.3}),
+    "total_variation": (total_variation, {}),
+    "alpha_divergence": (alpha_divergence, {"alpha": 0.3}),
+    "alpha_beta_divergence": (alpha_beta_divergence, {"alpha": 0.4, "beta": 0.5}),
+    "todi": (todi, {"scale": 1.3}),
+    "adaptive_kl": (adaptive_kl, {"head_mass": 0.6}),
+}
+# Divergences of the form Σ t f(s/t), which no merging of entries can raise
+F_DIVERGENCES = list(CASES)[:7]
+
+
+def divergence(name: str, s: Tensor, t: Tensor) -> Tensor:
+    """The divergence `name` at its setting in `CASES`."""
+    formula, params = CASES[name]
+    return formula(s, t, **params)
+
+
+@dataclass
+class Side:
+    """One model's last hidden states and head."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, temperature: float = 1.0) -> Tensor:
+        z = self.hidden @ self.weight.T
+        if self.bias is not None:
+            z = z + self.bias
+        z = z * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / temperature
+
+    def probs(self, temperature: float = 1.0) -> Tensor:
+        return self.logits(temperature).softmax(-1)
+
+    def to(self, dtype: torch.dtype, grad: bool = False) -> "Side":
+        """Fresh leaves of another dtype."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        leaves = {k: v.detach().to(dtype).requires_grad_(grad) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **leaves)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+
+def make_sides(N: int = 11, V: int = 23, H: tuple[int, int] = (6, 9), bias: bool = True, seed: int = 0) -> list[Side]:
+    """A student (with gradient) and a teacher in float64, whose distributions are far from uniform and from equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sides = [Side(normal(N, h), normal(V, h) / h**0.5 * 1.5, normal(V) * 0.3 if bias else None) for h in H]
+    return [sides[0].to(torch.float64, grad=True), sides[1]]
+
+
+def fused_arguments(student: Side, teacher: Side) -> dict:
+    """The two sides as arguments of `fused_linear_divergence`."""
+    return {
+        "student_hidden": student.hidden,
+        "student_weight": student.weight,
+        "student_bias": student.bias,
+        "student_logit_scale": student.scale,
+        "student_softcap": student.softcap,
+        "teacher_hidden": teacher.hidden,
+        "teacher_weight": teacher.weight,
+        "teacher_bias": teacher.bias,
+        "teacher_logit_scale": teacher.scale,
+        "teacher_softcap": teacher.softcap,
+    }

@@ -1,0 +1,300 @@
+"""
+Training runs that come out the same in one process and in two, and the launch of two gloo processes that runs them.
+
+    torchrun --nproc-per-node 2 tests/two_processes.py OUTPUT_DIR
+
+writes OUTPUT_DIR/NAME.RANK.pt for every run.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import VOCAB_SIZE, make_model, make_tokenizer, trainer_config
+from transformers import TrainerCallback
+
+import trl_opd
+from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer
+from trl_opd.collators import TeacherScores
+from trl_opd.teachers import TeacherScoreError
+
+GLOBAL_BATCH = 4
+LEARNING_RATE = 0.1
+# The first two rows of each batch of four go to the first process, the others to the second
+PROMPTS = ["abc", "hello world", "the quick", "x", "12 34", "what is it", "zz", "quiet"]
+MASKED_PROMPTS = ["abc", "hello world", "mask", "mask this", "12 34", "what is it", "masked", "mask it"]
+THINK = 4
+
+
+def complete(prompt):
+    """A completion that depends on its prompt alone, of 1 to 8 tokens; of `<think>` only if the prompt says "mask"."""
+    seed = sum(map(ord, prompt))
+    length = 1 + seed % 8
+    if prompt.startswith("mask"):
+        return [THINK] * length
+    return [6 + (seed * (i + 3) + i * i) % (VOCAB_SIZE - 6) for i in range(length - 1)] + [1]
+
+
+def rollouts(prompts, trainer):
+    encoded = trainer.processing_class(prompts)["input_ids"]
+    return {"prompt_ids": encoded, "completion_ids": [complete(p) for p in prompts], "logprobs": None}
+
+
+def rollouts_of_a_tool(prompts, trainer):
+    """As `rollouts`, but the `<think>` tokens count as a tool's, outside GRPO's own loss too."""
+    output = rollouts(prompts, trainer)
+    output["env_mask"] = [[int(token != THINK) for token in ids] for ids in output["completion_ids"]]
+    return output
+
+
+def topk_teacher(batch):
+    """Two entries a token that depend on the sampled token alone."""
+    ids = torch.stack([batch.completion_ids, (batch.completion_ids + 1) % VOCAB_SIZE], dim=-1)
+    logprobs = torch.log(torch.tensor([0.6, 0.3])).expand(ids.shape)
+    return TeacherScores(topk_ids=ids, topk_logprobs=logprobs)
+
+
+def num_tokens_reward(completion_ids, **kwargs):
+    return [float(len(ids) % 3) for ids in completion_ids]
+
+
+def make_student():
+    # In float64, so that only a difference in the mathematics is seen (RMSNorm stays in float32)
+    return make_model().double()
+
+
+def make_teacher():
+    return make_model(hidden_size=24, seed=1).double()
+
+
+def lora():
+    return LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+
+
+PG = {"credit": "policy_gradient", "support": "sampled"}
+MASKED = {"prompts": MASKED_PROMPTS, "special_token_masking": ["<think>"]}
+TOOL = {"prompts": MASKED_PROMPTS, "rollout_func": rollouts_of_a_tool}
+
+# Runs that must be equal in one process and two
+RUNS = {
+    "dapo": {},
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "policy gradient, dapo": PG,
+    "policy gradient, grpo, discount": {**PG, "loss_type": "grpo", "discount": 0.9},
+    "policy gradient, two iterations": {**PG, "num_iterations": 2, "max_steps": 4},
+    "lora": {"peft_config": lora},
+    "lora, policy gradient": {"peft_config": lora, **PG},
+    "lora, base teacher": {"peft_config": lora, "teacher": "base"},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 2},
+    "accumulation, grpo": {"gradient_accumulation_steps": 2, "max_steps": 2, "loss_type": "grpo"},
+    "two steps per generation": {"steps_per_generation": 2, "max_steps": 4, "prompts": PROMPTS[:4] * 2},
+    "top-k teacher": {"teacher": topk_teacher},
+    "rewards": {"reward_funcs": num_tokens_reward, "num_generations": 2, "reward_coef": 0.5, "distill_coef": 0.7},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2},
+    "masked rank, dapo": MASKED,
+    "masked rank, grpo": {**MASKED, "loss_type": "grpo"},
+    "masked rank, policy gradient": {**MASKED, **PG},
+    "masked rank, top-k teacher": {**MASKED, "teacher": topk_teacher},
+    "tool rank, dapo": TOOL,
+    "tool rank, grpo": {**TOOL, "loss_type": "grpo"},
+    "tool rank, policy gradient": {**TOOL, **PG},
+    "all masked": {"special_token_masking": ["<think>"], "prompts": ["mask", "mask it"] * 4},
+}
+
+
+def make_trainer(
+    output_dir,
+    world=1,
+    *,
+    teacher=None,
+    prompts=PROMPTS,
+    peft_config=None,
+    rollout_func=rollouts,
+    reward_funcs=None,
+    callbacks=None,
+    **fields,
+):
+    """A trainer that sees the same global batches in any number of processes."""
+    defaults = {
+        "per_device_train_batch_size": GLOBAL_BATCH // world,
+        "per_device_eval_batch_size": GLOBAL_BATCH // world,
+        "max_steps": 2,
+        "shuffle_dataset": False,
+        # The update is linear in the gradient, so equal weights are equal gradients
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "ddp_timeout": 30,
+    }
+    trainer = OnPolicyDistillTrainer(
+        model=make_student(),
+        teacher_model=teacher or make_teacher(),
+        reward_funcs=reward_funcs,
+        args=OnPolicyDistillConfig(**trainer_config(output_dir, **{**defaults, **fields})),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config and peft_config(),
+        rollout_func=rollout_func,
+        callbacks=callbacks,
+    )
+    assert trainer.accelerator.num_processes == world
+    return trainer
+
+
+def train(output_dir, world=1, resume=None, **fields):
+    """Logs and weights after training."""
+    trainer = make_trainer(output_dir, world, **fields)
+    trainer.train(resume_from_checkpoint=resume)
+    return {"logs": trainer.state.log_history, "weights": trainable_weights(trainer.model)}
+
+
+def trainable_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@functools.cache
+def one_process(name):
+    """Result of a run of `RUNS` in this process."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        return train(output_dir, **RUNS[name])
+
+
+@functools.cache
+def two_processes():
+    """Launch two gloo processes for all runs. `{name: [result of each rank]}`; a run that did not end has none."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        # The package may be on the path of this process alone (pytest run from the repository)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_opd.__file__).parents[1])}
+        done = subprocess.run(
+            [*command, __file__, output_dir], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        files = {path: torch.load(path, weights_only=False) for path in sorted(Path(output_dir).glob("*.pt"))}
+    results: dict[str, list] = {"output": [done.stdout + done.stderr]}
+    for path, result in files.items():
+        results.setdefault(path.name.split(".")[0], []).append(result)
+    return results
+
+
+def result_of(name):
+    """Results of a run on both processes."""
+    results = two_processes()
+    assert len(results.get(name, [])) == 2, f"{name!r} did not end on both processes:\n{results['output'][0][-3000:]}"
+    for result in results[name]:
+        assert "error" not in result, result["error"]
+    return results[name]
+
+
+# Failures of the teacher on the second process alone, in the second step
+
+
+class FailingTeacher:
+    """A top-k teacher whose second answer on the second process is bad."""
+
+    name = "failing"
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        scores = topk_teacher(batch)
+        if os.environ["RANK"] == "1" and self.calls == 2:
+            if self.kind == "raises":
+                raise ConnectionError("the server is gone")
+            if self.kind == "shape":
+                scores.topk_logprobs = scores.topk_logprobs[:, :-1]
+            if self.kind == "nan":
+                scores.topk_logprobs = scores.topk_logprobs.clone()
+                scores.topk_logprobs[1, 0] = torch.nan
+        return scores
+
+
+class BreakTeacher(TrainerCallback):
+    """After the first step, a weight of the second process's local teacher becomes NaN."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            self.teacher.lm_head.weight.data[7] = torch.nan
+
+
+class RememberWeights(TrainerCallback):
+    """The trained weights after each step."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.after[state.global_step] = trainable_weights(model)
+
+
+FAILURES = {
+    "nan": {"teacher": lambda: FailingTeacher("nan")},
+    "shape": {"teacher": lambda: FailingTeacher("shape")},
+    "raises": {"teacher": lambda: FailingTeacher("raises")},
+    "local": {"teacher": make_teacher},
+    "local, policy gradient": {"teacher": make_teacher, **PG},
+}
+
+
+def fail_and_resume(output_dir, world, teacher, **fields):
+    """What a failure in the second step leaves, and the run that goes on from there with a healthy teacher."""
+    failing, memory = teacher(), RememberWeights()
+    callbacks = [memory] if isinstance(failing, FailingTeacher) else [memory, BreakTeacher(failing)]
+    trainer = make_trainer(output_dir, world, teacher=failing, callbacks=callbacks, **fields)
+    try:
+        trainer.train()
+        message = ""
+    except TeacherScoreError as error:
+        message = str(error)
+    result = {
+        "message": message,
+        "checkpoints": sorted(path.name for path in Path(output_dir).glob("checkpoint-*")),
+        "saved": load_file(Path(output_dir) / "checkpoint-1" / "model.safetensors"),
+        "before": memory.after[1],
+    }
+    healthy = topk_teacher if isinstance(failing, FailingTeacher) else make_teacher()
+    return result | train(output_dir, world, resume=True, teacher=healthy, **fields)
+
+
+def resume(output_dir, world):
+    """Sampled completions: four steps, and two and two."""
+    fields = {"rollout_func": None, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = train(output_dir / "whole", world, **fields)
+    resumed = train(output_dir / "whole", world, resume=str(output_dir / "whole" / "checkpoint-2"), **fields)
+    return {"whole": whole, "resumed": resumed}
+
+
+def main(output_dir):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    jobs = {name: functools.partial(train, **fields) for name, fields in RUNS.items()}
+    jobs["resume"] = resume
+    jobs |= {f"failure, {name}": functools.partial(fail_and_resume, **fields) for name, fields in FAILURES.items()}
+    for name, job in jobs.items():
+        try:
+            result = job(output_dir / name.replace(" ", "_"), world=2)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        torch.save(result, output_dir / f"{name}.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
