@@ -3,9 +3,10 @@ A whole training step, generation included: OnPolicyDistillTrainer beside TRL's 
 
     python benchmarks/step.py                    # one thread, Qwen3 shapes, hidden 128/256, 32k vocabulary
 
-Same models, prompts, batch and completion length (the models are random, so a completion hardly ever ends early; the
-mean length is printed), reverse KL, both in one process, in turn: the trainers run alternating rounds of a few steps.
-The first step of a round is not counted.
+Same models, prompts, batch and completion length (the models are random, so a completion hardly ever ends early),
+reverse KL, both in one process, in turn: the trainers run alternating rounds of a few steps, of which the first is not
+counted. Tokens are those that were sampled. Peak memory on a CPU is that of the process and includes what its allocator
+keeps, so it is indicative only.
 """
 
 import argparse

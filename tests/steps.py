@@ -103,7 +103,8 @@ def full_logprobs(model: Any, inputs: dict[str, Any], temperature: float = 1.0) 
     """Log-probs `(B, T, V)` of the completion positions, from the model's own full logits."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    images = {key: inputs[key] for key in ("pixel_values",) if key in inputs}
+    logits = model(input_ids=ids, attention_mask=mask, **images).logits
     return (logits[:, inputs["prompt_ids"].shape[1] - 1 : -1].double() / temperature).log_softmax(-1)
 
 

@@ -122,7 +122,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_mean_gradient_of_a_differentiated_estimator(estimator):
-    """I3: k1 has none, k2 has the reverse KL's, k3 the forward KL's. Row v is the sample v at one and the same prefix."""
+    """I3: k1 has none, k2 has the reverse KL's, k3 the forward KL's. Row v is the sample v at one prefix."""
     student, teacher = make_sides(N=1, V=V)
     rows = {"student_hidden": student.hidden.expand(V, -1), "teacher_hidden": teacher.hidden.expand(V, -1)}
     arguments = fused_arguments(student, teacher) | rows

@@ -255,9 +255,46 @@ def test_tied_and_strided_operands():
     )
 
 
+@pytest.mark.parametrize("per_token_grad", [False, True])
+@pytest.mark.parametrize("trained", [[0], [1], [2], [0, 2], [1, 2]], ids=str)
+def test_any_part_of_the_student_may_be_trained_alone(trained, per_token_grad):
+    student, teacher = make_sides(N, V)
+    expected = torch.autograd.grad(
+        divergence("reverse_kl", student.probs(), teacher.probs()).sum(), [student.leaves[i] for i in trained]
+    )
+    for i, leaf in enumerate(student.leaves):
+        leaf.requires_grad_(i in trained)
+    out = fused_linear_divergence(**fused_arguments(student, teacher), per_token_grad=per_token_grad)
+    out.loss.backward()
+    assert_same_gradients([student.leaves[i].grad for i in trained], expected)
+    assert all(leaf.grad is None for i, leaf in enumerate(student.leaves) if i not in trained)
+
+
 def test_the_teacher_gets_no_gradient():
     student, teacher = make_sides(N, V)
     teacher = teacher.to(torch.float64, grad=True)
     fused_linear_divergence(**fused_arguments(student, teacher)).loss.backward()
     assert all(x.grad is None for x in teacher.leaves)
     assert all(x.grad is not None for x in student.leaves)
+
+
+def test_calls_do_not_share_results():
+    """A later, larger or smaller call leaves an earlier call's values and gradients alone."""
+    (student, teacher), results = make_sides(N, V), []
+    for rows in (slice(3, 6), slice(0, N), slice(1, 2)):
+        part = {"student_hidden": student.hidden[rows], "teacher_hidden": teacher.hidden[rows]}
+        results.append((rows, fused_linear_divergence(**fused_arguments(student, teacher) | part, overlap_top_k=2)))
+    truth = divergence("reverse_kl", student.probs(), teacher.probs())
+    for rows, out in results:
+        torch.testing.assert_close(out.divergence, truth[rows].detach())
+        expected = torch.autograd.grad(truth[rows].sum(), student.leaves, retain_graph=True)
+        assert_same_gradients(torch.autograd.grad(out.loss, student.leaves), expected)
+
+
+def test_a_call_in_inference_mode_does_not_break_the_next_one():
+    student, teacher = make_sides(N, 2 * V)
+    with torch.inference_mode():
+        inferred = fused_linear_divergence(**fused_arguments(student, teacher))
+    out = fused_linear_divergence(**fused_arguments(student, teacher))
+    torch.testing.assert_close(out.divergence, inferred.divergence)
+    out.loss.backward()

@@ -1,4 +1,4 @@
-"""How exact `fused_linear_divergence` is below float64: near a matched teacher, in bf16, and over large vocabularies."""
+"""`fused_linear_divergence` below float64: near a matched teacher, in bf16, and over large vocabularies."""
 
 from contextlib import nullcontext
 
@@ -171,9 +171,7 @@ def test_the_chunk_size_changes_nothing_over_a_large_vocabulary(dtype):
     results, (N, V) = [], (9, 70_000)
     for rows in (1, 4, N):
         student, teacher = (side.to(dtype, grad=True) for side in make_sides(N=N, V=V, H=(3, 3)))
-        out = fused_linear_divergence(
-            **fused_arguments(student, teacher), chunk_bytes=rows * 2 * V * dtype.itemsize
-        )
+        out = fused_linear_divergence(**fused_arguments(student, teacher), chunk_bytes=rows * 2 * V * dtype.itemsize)
         results.append([out.divergence, *torch.autograd.grad(out.loss / N, student.leaves)])
     truth = divergence("reverse_kl", student.to(FP64).probs(), teacher.to(FP64).probs())
     torch.testing.assert_close(results[0][0].double(), truth, rtol=1e-5 if dtype == FP32 else 1e-10, atol=0)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from textbook import CASES, Side, divergence, fused_arguments, make_sides
+from textbook import CASES, CountGemms, Side, divergence, fused_arguments, make_sides
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trl_opd import fused_linear_divergence
 
@@ -120,24 +121,6 @@ def test_only_shared_entries_are_compared_and_the_others_are_never_read(name, si
     assert (actual[1][23:] == 0).all() and (actual[2][23:] == 0).all()
 
 
-class CountGemms(TorchDispatchMode):
-    """Operations in matrix products, in units of 2·rows·H·V; products with one row or column are dots and not counted."""
-
-    def __init__(self, rows: int, H: int, V: int):
-        super().__init__()
-        self.unit, self.total = rows * H * V, 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul"):
-            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-            if name in ("bmm", "baddbmm", "addbmm"):
-                assert 1 in (a.shape[-2], b.shape[-1]), "a batched product that is no dot"
-            elif b.dim() == 2 and a.dim() == 2 and 1 not in (a.shape[0], b.shape[1]):
-                self.total += a.shape[0] * a.shape[1] * b.shape[1] / self.unit
-        return func(*args, **kwargs or {})
-
-
 def count(teacher_kind, frozen=False, grad=True, rows=None, per_token_grad=False, name="reverse_kl"):
     """Products of the forward and of the backward pass; both models have H hidden units."""
     student, teacher = make_sides(N, V, H=(8, 8))
@@ -181,3 +164,34 @@ def test_every_divergence_costs_four_products_or_three_with_a_frozen_head(name, 
 )
 def test_number_of_matrix_products(arguments, expected):
     assert count(**arguments) == pytest.approx(expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("per_token_grad", [False, True])
+@pytest.mark.parametrize("kind", ["full", "union_top_k", "top-k teacher"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tensor_of_tokens_times_vocabulary_exists(name, kind, per_token_grad):
+    tokens, vocabulary, rows = 60, 300, 3
+    student, teacher = make_sides(tokens, vocabulary, H=(2, 2))
+    arguments = fused_arguments(student, teacher) | {"divergence": name, "divergence_kwargs": CASES[name][1]}
+    if kind == "top-k teacher":
+        topk = top_k(teacher)
+        arguments = {k: x for k, x in arguments.items() if not k.startswith("teacher")} | {"teacher_topk": topk}
+    elif kind != "full":
+        arguments |= {"support": kind, "support_size": K}
+    with LargestTensor() as largest:
+        out = fused_linear_divergence(
+            **arguments, overlap_top_k=3, per_token_grad=per_token_grad, chunk_bytes=rows * 2 * vocabulary * 8
+        )
+        out.loss.backward()
+    assert largest.size <= 4 * rows * vocabulary

@@ -201,6 +201,29 @@ def test_probability_zero_is_the_limit_of_small_probabilities(name, zeros):
 
 
 @pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("alpha_divergence", {"alpha": 2.0}),
+        ("alpha_divergence", {"alpha": -1.0}),
+        ("alpha_beta_divergence", {"alpha": 0.8, "beta": -0.3}),
+        ("alpha_beta_divergence", {"alpha": -0.3, "beta": 0.8}),
+    ],
+)
+def test_an_entry_that_neither_has_adds_nothing_at_powers_of_either_sign(name, params):
+    z, lt = make_logits(13)
+    z_zero, lt_zero = (with_zeros(x, [0, 4], -math.inf) for x in (z, lt))
+    z_zero.requires_grad_()
+    value = ours(name, z_zero, lt_zero.log_softmax(-1), **params)
+    left = [1, 2, 3, 5, 6, 7, 8]
+    z_left = z.detach()[:, left].requires_grad_()
+    truth = CASES[name][0](z_left.softmax(-1), lt[:, left].softmax(-1), **params)
+    torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-12)
+    actual = gradient(value, z_zero)
+    torch.testing.assert_close(actual[:, left], gradient(truth, z_left), rtol=1e-10, atol=1e-12)
+    assert (actual[:, [0, 4]] == 0).all()
+
+
+@pytest.mark.parametrize(
     ("name", "zeros"),
     [(name, TEACHER_ZERO) for name in ("reverse_kl", *UNBOUNDED)]
     + [(name, STUDENT_ZERO) for name in ("forward_kl", *UNBOUNDED)],

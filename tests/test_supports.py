@@ -269,7 +269,9 @@ def test_statistics_of_a_top_k_teacher_are_those_of_its_bucketed_distribution():
     student, teacher = sides()
     ids, logprobs = top(teacher)
     target_ids = torch.arange(N)
-    out = from_top_k(student, ids, logprobs, "total_variation", tail="renormalize", target_ids=target_ids, overlap_top_k=3)
+    out = from_top_k(
+        student, ids, logprobs, "total_variation", tail="renormalize", target_ids=target_ids, overlap_top_k=3
+    )
     s, t = student.probs().detach(), teacher.probs()
     for name in ("forward_kl", "reverse_kl"):
         truth = textbook(name, student, teacher, "teacher_top_k", K, "bucket").detach()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import VOCAB_SIZE
+from tiny import VOCAB_SIZE, make_tokenizer
 from transformers import TrainerCallback
 from two_processes import (
     FAILURES,
@@ -83,7 +83,6 @@ BAD_SCORES = {
     "top-k nan": ("direct", put("topk_logprobs", math.nan), "nan at completion token 0 of batch row 1"),
     "top-k inf": ("direct", put("topk_logprobs", math.inf), "inf at completion token 0 of batch row 1"),
     "top-k -inf": ("direct", put("topk_logprobs", -math.inf), "-inf at completion token 0 of batch row 1"),
-    "no entries": ("direct", put("topk_ids", -1, 1, 0), "at completion token 0 of batch row 1"),
 }
 BROKEN_ANSWERS = {
     "a row too few": ("policy_gradient", cut("sampled_logprobs", slice(1, None)), r"shape \(3, 7\) .* \(4, 7\)"),
@@ -92,7 +91,10 @@ BROKEN_ANSWERS = {
     "without k": ("direct", cut("topk_logprobs", ALL, ALL, 0), r"topk_logprobs of shape \(4, 7\)"),
     "ids of other k": ("direct", cut("topk_ids", ALL, ALL, slice(1)), r"topk_ids .*\(4, 7, 1\).*\(4, 7, 2\)"),
     "ids alone": ("direct", drop("topk_logprobs"), "topk_ids and topk_logprobs together"),
-    "nothing": ("policy_gradient", drop("sampled_logprobs"), "must return sampled_logprobs"),
+    "no entries": ("direct", put("topk_ids", -1), "some token has none"),
+    "nothing": ("policy_gradient", drop("sampled_logprobs"), "must return scores, got none"),
+    "no sampled scores": ("policy_gradient", lambda scores, batch: topk_teacher(batch), "must return sampled_logprobs"),
+    "probabilities": ("policy_gradient", put("sampled_logprobs", 0.5), "logarithm of a probability is at most 0"),
     "None": ("direct", lambda scores, batch: None, "must return TeacherScores or a tensor, got NoneType"),
     "an exception": ("direct", refuse, r"failed: ConnectionError\('the server is gone'\)"),
 }
@@ -120,11 +122,11 @@ def assert_goes_on(tmp_path, **fields):
     """Resumed with a healthy teacher, the run ends as if the teacher had never failed."""
     resumed = train(tmp_path, resume=True, max_steps=4, **fields)
     whole = train(tmp_path / "whole", max_steps=4, **fields)
+    # GRPO shuffles the rows of a batch, which rounds differently
     for name, weight in resumed["weights"].items():
-        assert torch.equal(weight, whole["weights"][name]), name
-    assert [line.get("distill/loss") for line in resumed["logs"]] == [
-        line.get("distill/loss") for line in whole["logs"]
-    ]
+        torch.testing.assert_close(weight, whole["weights"][name], rtol=1e-6, atol=1e-6)
+    losses = [[line["distill/loss"] for line in run["logs"][:4]] for run in (resumed, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def objective(credit):
@@ -136,8 +138,9 @@ def test_a_bad_score_stops_with_a_checkpoint_that_goes_on(tmp_path, credit, spoi
     fields, healthy = objective(credit)
     message = stop(tmp_path, 2, match, teacher=ScriptedTeacher(healthy, spoil, call=3), **fields)
     assert "'the-scripted-one'" in message
-    row = 2 if "row 2" in message else 1
-    assert f"whose prompt ends in {PROMPTS[row][:3]!r}"[:-1] in message.replace(" ", " ")
+    prompt = PROMPTS[2 if "row 2" in message else 1]
+    tokenizer = make_tokenizer()
+    assert f"whose prompt ends in {tokenizer.decode(tokenizer(prompt)['input_ids'])!r}" in message
     assert_goes_on(tmp_path, teacher=healthy, **fields)
 
 
@@ -173,10 +176,14 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize("fields", [{}, PG, {"loss_backend": "liger"}], ids=["direct", "policy gradient", "liger"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, PG, {"loss_backend": "liger", "dtype": torch.float32}],
+    ids=["direct", "policy gradient", "liger"],
+)
 @pytest.mark.parametrize(("weights", "value"), LOCAL.values(), ids=LOCAL.keys())
 def test_a_local_teacher_that_overflows_stops_with_a_checkpoint(tmp_path, weights, value, fields):
-    teacher = make_teacher()
+    teacher = make_teacher().to(fields.get("dtype", torch.float64))
     spoil = Spoil(lambda: weights(teacher).data.fill_(value))
     message = stop(tmp_path, 2, "not finite", teacher=teacher, callbacks=[spoil], **fields)
     assert "'Qwen3ForCausalLM'" in message

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def forward_kl(s: Tensor, t: Tensor) -> Tensor:
@@ -156,3 +157,21 @@ def fused_arguments(student: Side, teacher: Side) -> dict:
         "teacher_logit_scale": teacher.scale,
         "teacher_softcap": teacher.softcap,
     }
+
+
+class CountGemms(TorchDispatchMode):
+    """Operations in matrix products, in units of 2·rows·H·V; one with a single row or column is a dot, not counted."""
+
+    def __init__(self, rows: int, H: int, V: int):
+        super().__init__()
+        self.unit, self.total = rows * H * V, 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            if name in ("bmm", "baddbmm", "addbmm"):
+                assert 1 in (a.shape[-2], b.shape[-1]), "a batched product that is no dot"
+            elif b.dim() == 2 and a.dim() == 2 and 1 not in (a.shape[0], b.shape[1]):
+                self.total += a.shape[0] * a.shape[1] * b.shape[1] / self.unit
+        return func(*args, **kwargs or {})

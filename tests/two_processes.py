@@ -122,6 +122,7 @@ def make_trainer(
     rollout_func=rollouts,
     reward_funcs=None,
     callbacks=None,
+    dtype=torch.float64,
     **fields,
 ):
     """A trainer that sees the same global batches in any number of processes."""
@@ -138,8 +139,8 @@ def make_trainer(
         "ddp_timeout": 30,
     }
     trainer = OnPolicyDistillTrainer(
-        model=make_student(),
-        teacher_model=teacher or make_teacher(),
+        model=make_student().to(dtype),
+        teacher_model=teacher or make_teacher().to(dtype),
         reward_funcs=reward_funcs,
         args=OnPolicyDistillConfig(**trainer_config(output_dir, **{**defaults, **fields})),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
@@ -178,11 +179,19 @@ def two_processes():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         # The package may be on the path of this process alone (pytest run from the repository)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_opd.__file__).parents[1])}
-        done = subprocess.run(
-            [*command, __file__, output_dir], env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
+        with open(Path(output_dir) / "output.txt", "w+") as output:
+            process = subprocess.Popen(
+                [*command, __file__, output_dir], env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                process.wait(timeout=150)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its workers
+                process.wait(timeout=60)
+            output.seek(0)
+            text = output.read()
         files = {path: torch.load(path, weights_only=False) for path in sorted(Path(output_dir).glob("*.pt"))}
-    results: dict[str, list] = {"output": [done.stdout + done.stderr]}
+    results: dict[str, list] = {"output": [text]}
     for path, result in files.items():
         results.setdefault(path.name.split(".")[0], []).append(result)
     return results

@@ -81,7 +81,9 @@ class TeacherScores:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> "TeacherScores | None":
-        """The inverse of [`to_inputs`]; `None` if the batch holds no scores."""
+        """The inverse of [`to_inputs`], or scores kept whole from an earlier pass; `None` if there are none."""
+        if inputs.get("teacher_scores") is not None:
+            return inputs["teacher_scores"]
         values = {key: inputs[f"teacher_{key}"] for key in cls._KEYS if f"teacher_{key}" in inputs}
         return cls(**values) if values else None
 

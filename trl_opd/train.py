@@ -48,7 +48,13 @@ def load_reward(name: str) -> str | Callable:
             "imported. Write it as 'my_module.my_reward'."
         )
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward_funcs must hold names of trl.rewards or dotted import paths, got {name!r}: {error}. Run from the "
+            "folder that holds the module, or install it."
+        ) from error
 
 
 def load_splits(script_args: OnPolicyDistillScriptArguments, mixture: DatasetMixtureConfig) -> Any:
@@ -68,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         (OnPolicyDistillScriptArguments, OnPolicyDistillConfig, ModelConfig, DatasetMixtureConfig),
         prog="trl-opd train",
     )
-    script_args, args, model_args, mixture = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
+    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path must be given, got none. There is no student to train.")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,

@@ -214,7 +214,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         scores = TeacherScores()
         problem: str | Exception | None = None
         try:
-            scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples))
+            scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples), self._student_vocab_size)
             require_scores(scores, self.args.credit, teacher_name(self.teacher))
             problem = self._describe(find_bad_score(scores, mask), output)
         except Exception as error:  # of whatever kind: the other processes wait for this one
@@ -236,6 +236,10 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _distill_mask(self, inputs: dict[str, Any]) -> Tensor:
         mask = mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
         return mask if self._vocab_size is None else mask & (inputs["completion_ids"] < self._vocab_size)
+
+    @property
+    def _student_vocab_size(self) -> int:
+        return self._vocab_size or self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
 
     def _teacher_batch(self, inputs: dict[str, Any], mask: Tensor, **extra: Any):
         return collate_teacher_batch(
@@ -259,6 +263,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, batch.inputs)
         finally:
             self._micro_batch = None
+        if self.num_iterations > 1 and self.model.training:
+            inputs["teacher_scores"] = batch.scores  # the buffered batch comes again: the teacher need not
         if not self._needs_per_token_grad and self.args.credit == "direct":
             self._forget_surrogate()
         if batch.output is None:  # policy gradient: the distillation is inside the advantages
@@ -324,8 +330,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _policy_gradient_forward(
         self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
     ) -> Any:
-        batch.scores = self._scores(batch, model_inputs)
-        self._stop_on(self._describe(find_bad_score(batch.scores, batch.distill_mask), batch.inputs))
+        scores = self._scores(batch, model_inputs)
+        self._stop_on(self._describe(find_bad_score(scores, batch.distill_mask), batch.inputs))
         return model(**model_inputs, labels=labels, fused_lm_head=True)
 
     def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> TeacherScores:
@@ -334,8 +340,10 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             return batch.scores
         further = {k: v for k, v in model_inputs.items() if k not in ("input_ids", "attention_mask")}
         further.pop("output_router_logits", None)
-        scores = ask(self.teacher, self._teacher_batch(batch.inputs, batch.distill_mask, model_inputs=further))
+        question = self._teacher_batch(batch.inputs, batch.distill_mask, model_inputs=further)
+        scores = ask(self.teacher, question, self._student_vocab_size)
         require_scores(scores, self.args.credit, teacher_name(self.teacher))
+        batch.scores = scores
         return scores
 
     def _set_advantages(self, batch: MicroBatch, logps: Tensor, entropies: Tensor) -> None:
@@ -386,6 +394,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         saved = ""
         if self.is_in_train:
             self._save_checkpoint(self.model, trial=None)
+            # The first process to leave has the launcher end the others, which may still be writing
+            self.accelerator.wait_for_everyone()
             saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}."
         teacher = f"Teacher {teacher_name(self.teacher)!r}"
         if isinstance(problem, Exception):

@@ -71,11 +71,11 @@ def shared_vocab_size(
     if student_size == teacher_size:
         return student_size
     known = student if student is not None else teacher
-    real = max(known.get_vocab().values()) + 1 if known is not None else shared
+    real = shared + 1 if known is None else max(known.get_vocab().values()) + 1
     if real > shared or abs(student_size - teacher_size) > _MAX_PADDING:
         raise ValueError(
             f"The student has vocab_size {student_size} and the teacher {teacher_size}, and no tokenizer of the "
             "teacher is known to show that this is padding. Comparing different vocabularies trains on noise. Pass "
             "teacher_processing_class=, or a teacher of the same tokenizer family."
         )
-    return min(shared, real)
+    return real

@@ -96,7 +96,8 @@ def _workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     size = math.prod(shape)
     kept: Tensor | None = getattr(_workspaces, str(dtype), None)
     if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # it outlives this call
+            kept = torch.empty(size, dtype=dtype)
         setattr(_workspaces, str(dtype), kept)
     return kept[:size].view(shape)
 

@@ -57,7 +57,7 @@ def liger_divergence(
     beta = _check(hidden, weight, problem, per_token_grad)
     assert problem.teacher is not None and problem.teacher_hidden is not None
     if hidden.shape[0] == 0:
-        return hidden.sum() + 0.0 * weight.sum()
+        return hidden.sum() + 0.0 * weight.sum() + (0.0 if bias is None else 0.0 * bias.sum())
     labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     mean = LigerFusedLinearJSDFunction.apply(
         hidden,

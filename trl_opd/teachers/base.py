@@ -81,8 +81,15 @@ def resolve_teacher(teacher_model: Any, init_kwargs: Mapping[str, Any], trust_re
     )
 
 
-def ask(teacher: Any, batch: TeacherBatch) -> TeacherScores:
-    """Ask a teacher, without gradient, and check the shape of its answer."""
+def ask(teacher: Any, batch: TeacherBatch, vocab_size: int | None = None) -> TeacherScores:
+    """
+    Ask a teacher, without gradient, and check the form of its answer.
+
+    Args:
+        teacher ([`Teacher`]): Who is asked.
+        batch ([`TeacherBatch`]): The question.
+        vocab_size (`int`, *optional*): Ids that the student knows.
+    """
     with torch.no_grad():
         scores = teacher(batch)
     if isinstance(scores, Tensor):
@@ -90,6 +97,13 @@ def ask(teacher: Any, batch: TeacherBatch) -> TeacherScores:
     name = teacher_name(teacher)
     if not isinstance(scores, TeacherScores):
         raise TypeError(f"Teacher {name!r} must return TeacherScores or a tensor, got {type(scores).__name__}.")
+    if scores.hidden_states is None and scores.topk_ids is None and scores.sampled_logprobs is None:
+        raise TeacherScoreError(
+            f"Teacher {name!r} must return scores, got none. Return hidden_states with their head, topk_ids with "
+            "topk_logprobs, or sampled_logprobs."
+        )
+    if scores.hidden_states is not None and scores.head is None:
+        raise TeacherScoreError(f"Teacher {name!r} must return hidden_states and head together.")
     shape = tuple(batch.completion_ids.shape)
     for key in ("hidden_states", "topk_ids", "topk_logprobs", "sampled_logprobs"):
         value = getattr(scores, key)
@@ -101,16 +115,41 @@ def ask(teacher: Any, batch: TeacherBatch) -> TeacherScores:
                 "Partial scores are never trained on. Return one row per sequence and one entry per completion token."
             )
         value = value.to(batch.completion_ids.device).detach()
+        if key == "topk_ids" and scores.topk_logprobs is not None and value.shape != scores.topk_logprobs.shape:
+            raise TeacherScoreError(
+                f"Teacher {name!r} returned topk_ids of shape {tuple(value.shape)} and topk_logprobs of shape "
+                f"{tuple(scores.topk_logprobs.shape)}. Return one log-prob for each id; ids below 0 are padding."
+            )
         # A score that is not asked for may be anything: with a weight of 0 a NaN would still be one
         keep = batch.completion_mask if value.dim() == 2 else batch.completion_mask[..., None]
         if key == "topk_ids":
             value = torch.where(keep, value, torch.arange(value.shape[-1], device=value.device))
         else:
             value = value.masked_fill(~keep, 0.0 if key != "topk_logprobs" else -math.log(2 * value.shape[-1]))
+        if key != "hidden_states":
+            _check_values(name, key, value, vocab_size)
         setattr(scores, key, value)
     if (scores.topk_ids is None) != (scores.topk_logprobs is None):
         raise TeacherScoreError(f"Teacher {name!r} must return topk_ids and topk_logprobs together.")
     return scores
+
+
+def _check_values(name: str, key: str, value: Tensor, vocab_size: int | None) -> None:
+    """Refuse what cannot be log-probs, and a support that the student does not know."""
+    if key == "topk_ids":
+        known = (value >= 0) if vocab_size is None else (value >= 0) & (value < vocab_size)
+        if not known.any(-1).all():
+            raise TeacherScoreError(
+                f"Teacher {name!r} returned topk_ids (up to {int(value.max())}) of which some token has none in the "
+                f"student's vocabulary of {vocab_size}. There is nothing to compare. Use a teacher of the same "
+                "tokenizer, and pad with ids below 0 beside at least one real id."
+            )
+    elif bool(((value > 1e-2) & torch.isfinite(value)).any()):  # `find_bad_score` names the sample of an infinity
+        raise TeacherScoreError(
+            f"Teacher {name!r} returned {key} of up to {float(value.max()):.3g}, but the logarithm of a probability "
+            "is at most 0. The student would be trained away from it. Return natural log-probs, not probabilities or "
+            "losses."
+        )
 
 
 def find_bad_score(scores: TeacherScores, mask: Tensor) -> tuple[int, int, float] | None:
