@@ -76,6 +76,10 @@ def test_the_deprecated_importance_cap_is_still_carried_over(tmp_path):
     assert args.vllm_importance_sampling_clip_max == 5.0
 
 
+def test_a_batch_of_an_odd_size_holds_whole_groups_of_one(tmp_path):
+    assert config(tmp_path, per_device_train_batch_size=3).generation_batch_size == 3
+
+
 @pytest.mark.parametrize("bad", [0, -1, None])
 def test_num_generations_below_one_is_refused_by_name(tmp_path, bad):
     with pytest.raises(ValueError, match=r"num_generations must be .*at least 1.*got"):

@@ -270,6 +270,17 @@ def test_any_part_of_the_student_may_be_trained_alone(trained, per_token_grad):
     assert all(leaf.grad is None for i, leaf in enumerate(student.leaves) if i not in trained)
 
 
+@pytest.mark.parametrize("per_token_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inputs_are_left_as_they_were(dtype, per_token_grad):
+    sides = [side.to(dtype, grad=True) for side in make_sides(N, V)]
+    arguments = fused_arguments(*sides) | {"token_weights": token_weights(), "target_ids": torch.arange(N)}
+    before = {key: x.clone() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+    fused_linear_divergence(**arguments, temperature=0.5, per_token_grad=per_token_grad).loss.backward()
+    for key, value in before.items():
+        assert torch.equal(arguments[key], value), key
+
+
 def test_the_teacher_gets_no_gradient():
     student, teacher = make_sides(N, V)
     teacher = teacher.to(torch.float64, grad=True)

@@ -64,6 +64,35 @@ def test_the_logged_kl_near_a_matched_teacher_is_exact_in_float32(name):
     assert ((textbook - truth) / truth).abs().max() > 1e-2
 
 
+def test_a_nearly_matched_row_is_exact_among_rows_that_are_far_apart():
+    student, teacher = nearly_matched(N=8)
+    far = torch.arange(8) % 2 == 1
+    teacher.hidden = torch.where(far[:, None], -teacher.hidden, teacher.hidden)
+    out = fused_linear_divergence(**fused_arguments(student, teacher))
+    for name in ("forward_kl", "reverse_kl"):
+        truth = divergence(name, student.to(FP64).probs(), teacher.to(FP64).probs())
+        assert truth[far].min() > 0.5 and truth[~far].max() < 5e-6
+        assert ((getattr(out, name) - truth) / truth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
+@pytest.mark.parametrize("support", ["teacher_top_k", "student_top_k"])
+def test_a_bucketed_divergence_near_a_matched_teacher_is_exact_in_float32(support, name):
+    student, teacher = nearly_matched()
+    s, t = student.to(FP64).probs(), teacher.to(FP64).probs()
+    ids = (s if support == "student_top_k" else t).topk(64).indices
+    bucketed = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], dim=-1) for x in (s, t)]
+    truth = divergence(name, *bucketed)
+    out = fused_linear_divergence(
+        **fused_arguments(student, teacher),
+        divergence=name,
+        divergence_kwargs=CASES[name][1],
+        support=support,
+        support_size=64,
+    )
+    assert abs(out.divergence.double().mean() / truth.mean() - 1) < 2e-5
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_divergence_near_a_matched_teacher_is_exact_in_float32(name):
     student, teacher = nearly_matched()

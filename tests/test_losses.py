@@ -241,6 +241,7 @@ def test_the_adaptive_head_holds_the_entry_that_crosses_its_mass():
     for head_mass, head_gap in ((0.4, 0.2), (0.5, 0.3), (0.74, 0.3), (0.89, 0.3), (0.95, 0.4), (1.0, 0.4)):
         weight = losses.adaptive_kl_weight(s, t, head_mass)
         assert weight.item() == pytest.approx(head_gap / 0.4)
+    assert losses.adaptive_kl_weight(t, t, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -93,7 +93,11 @@ BROKEN_ANSWERS = {
     "ids alone": ("direct", drop("topk_logprobs"), "topk_ids and topk_logprobs together"),
     "no entries": ("direct", put("topk_ids", -1), "some token has none"),
     "nothing": ("policy_gradient", drop("sampled_logprobs"), "must return scores, got none"),
-    "no sampled scores": ("policy_gradient", lambda scores, batch: topk_teacher(batch), "must return sampled_logprobs"),
+    "no sampled scores": (
+        "policy_gradient",
+        lambda scores, batch: topk_teacher(batch),
+        "must return sampled_logprobs",
+    ),
     "probabilities": ("policy_gradient", put("sampled_logprobs", 0.5), "logarithm of a probability is at most 0"),
     "None": ("direct", lambda scores, batch: None, "must return TeacherScores or a tensor, got NoneType"),
     "an exception": ("direct", refuse, r"failed: ConnectionError\('the server is gone'\)"),

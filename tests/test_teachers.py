@@ -119,6 +119,11 @@ def test_an_adapter_teacher_answers_as_a_separate_copy_would(tmp_path, name, cre
     assert_same_gradient(ours.gradient, copied.gradient)
 
 
+def test_a_peft_model_may_be_the_teacher_of_another_student(tmp_path):
+    step = take_step(tmp_path, teacher=lora_student())
+    check(step, reverse_kl, teacher=lora_student().merge_and_unload())
+
+
 @pytest.mark.parametrize("name", ["base", "adapter:old"])
 def test_an_adapter_teacher_holds_no_weights_and_leaves_the_students_as_they_are(tmp_path, name):
     model = lora_student()

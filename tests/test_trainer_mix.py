@@ -8,6 +8,7 @@ from steps import (
     full_logprobs,
     gradient_of,
     loss_mask,
+    reduce,
     sampled,
     student,
     take_step,
@@ -116,6 +117,37 @@ def test_every_loss_type_takes_the_advantages_as_grpo_would(tmp_path, monkeypatc
     total = torch.stack(losses).sum()
     assert step.loss.item() == pytest.approx(total.item(), rel=1e-6)
     assert_same_gradient(step.gradient, gradient_of(stock.model, total))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_masked_tokens_leave_the_policy_gradient_and_its_count(tmp_path, loss_type):
+    """On its own rollouts the gradient of every surrogate is that of −A log π, over the tokens that are left."""
+    masked = [1, *range(6, 26)]  # <eos> and the letters a to t
+    step = take_step(
+        tmp_path,
+        teacher=teacher(),
+        loss_type=loss_type,
+        epsilon_high=2.0,  # CISPO clamps the ratio itself
+        special_token_masking=masked,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        arguments={"rollout_func": some_masked},
+        **SAMPLED,
+    )
+    model, values, masks = student(), [], []
+    for inputs in step.batches:
+        logprobs = sampled(full_logprobs(model, inputs), inputs)
+        values.append(-log_ratios(inputs, 1.0) * logprobs)
+        masks.append(loss_mask(inputs) * ~torch.isin(inputs["completion_ids"], torch.tensor(masked)))
+    assert len({int(mask.sum()) for mask in masks}) == 2
+    assert_same_gradient(step.gradient, gradient_of(model, reduce(values, masks, loss_type)), tolerance=1e-5)
+
+
+def some_masked(prompts, trainer):
+    """Completions in which each sample has tokens that stay and tokens that leave."""
+    ids = [trainer.processing_class(text=prompt)["input_ids"] for prompt in prompts]
+    completions = [[30, 8, 31], [7, 32, 33, 34, 9], [35, 36, 12, 37, 1], [38, 10, 11]]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
 
 def test_the_policy_gradient_logs_the_gap_and_a_reverse_kl_that_is_never_negative(tmp_path):
@@ -228,7 +260,9 @@ def test_rewards_with_coefficient_zero_are_only_logged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "credit", [{}, {"entropy_coef": 0.01}, SAMPLED], ids=["direct", "entropy bonus", "policy gradient"]
+    "credit",
+    [{}, {"entropy_coef": 0.01}, {"loss_backend": "liger"}, SAMPLED],
+    ids=["direct", "entropy bonus", "liger", "policy gradient"],
 )
 def test_outside_tokens_that_the_student_finds_impossible_do_no_harm(tmp_path, credit):
     """Their log-probs are not computed, and the ratio to their old ones must not overflow into the loss."""
@@ -242,7 +276,7 @@ def test_outside_tokens_that_the_student_finds_impossible_do_no_harm(tmp_path, c
             "env_mask": [[1] + [0] * 40 + [1] for _ in prompts],
         }
 
-    model = student()
+    model = student().float()
     with torch.no_grad():
         model.lm_head.weight.mul_(200.0)  # log-probs of many hundreds of nats
     step = take_step(

@@ -208,6 +208,27 @@ def test_scores_of_tool_pad_and_masked_tokens_change_nothing(tmp_path, credit, s
         assert torch.equal(gradient, steps[1].gradient[name]), name
 
 
+def test_truncated_completions_may_leave_the_loss(tmp_path):
+    step = take_step(tmp_path, teacher=make_model(**TEACHER).double(), mask_truncated_completions=True)
+    lengths = loss_mask(step.batches[0]).sum(1).tolist()
+    assert 0 in lengths
+    assert any(0 < length < 8 for length in lengths)
+    check(step, reverse_kl)
+
+
+@pytest.mark.parametrize("fields", [{}, {"special_token_masking": ["<eos>", *range(6, 26)]}], ids=["all", "masked"])
+def test_the_liger_backend_gives_the_same_step(tmp_path, fields):
+    steps = [
+        take_step(tmp_path / name, model=make_model(), teacher=make_model(**TEACHER), loss_backend=name, **fields)
+        for name in ("torch", "liger")
+    ]
+    assert steps[1].loss.item() == pytest.approx(steps[0].loss.item(), rel=1e-5)
+    assert_same_gradient(steps[1].gradient, steps[0].gradient, tolerance=1e-5)
+    # It returns the scalar only: what was not computed is not logged
+    assert {name for name in steps[1].logs if name.startswith("distill/")} == {"distill/loss"}
+    assert "entropy" not in steps[1].logs
+
+
 def test_tool_tokens_leave_the_loss_and_its_count(tmp_path):
     step = take_step(
         tmp_path, teacher=make_model(**TEACHER).double(), arguments={"rollout_func": tool_rollout}, loss_type="grpo"

@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, make_model, make_tokenizer, trainer_config
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import trl_opd
@@ -162,7 +163,8 @@ def train(output_dir, world=1, resume=None, **fields):
 
 
 def trainable_weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w.clone() for name, w in weights.items()}
 
 
 @functools.cache
@@ -233,14 +235,15 @@ class FailingTeacher:
 
 
 class BreakTeacher(TrainerCallback):
-    """After the first step, a weight of the second process's local teacher becomes NaN."""
+    """After the first step, weights of the second process's local teacher (or of its shard) become NaN."""
 
     def __init__(self, teacher):
         self.teacher = teacher
 
     def on_step_end(self, args, state, control, **kwargs):
         if os.environ["RANK"] == "1" and state.global_step == 1:
-            self.teacher.lm_head.weight.data[7] = torch.nan
+            weight = self.teacher.model.norm.weight
+            (weight.to_local() if isinstance(weight, DTensor) else weight).data.fill_(torch.nan)
 
 
 class RememberWeights(TrainerCallback):

@@ -168,3 +168,12 @@ def find_bad_token(output: StudentOutput, mask: Tensor) -> tuple[int, int, float
         return None
     row, token = where[0].tolist()
     return row, token, float(value[row, token])
+
+
+def find_bad_loss(output: StudentOutput) -> str | None:
+    """What is wrong with the loss where it is all that is known (Liger); `None` if nothing is."""
+    assert output.loss is not None
+    loss = output.loss.detach()
+    if output.teacher_entropy is not None or bool(torch.isfinite(loss)):
+        return None
+    return f"the loss is {float(loss)} (loss_backend='liger' does not tell at which token, 'torch' does)"

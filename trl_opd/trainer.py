@@ -31,7 +31,7 @@ from .preflight import (
     check_teacher,
     needs_per_token_grad,
 )
-from .student import MicroBatch, StudentOutput, distillation_head, find_bad_token, require_scores
+from .student import MicroBatch, StudentOutput, distillation_head, find_bad_loss, find_bad_token, require_scores
 from .teachers.base import TeacherScoreError, ask, find_bad_score, resolve_teacher, teacher_name
 from .weighting import mask_token_ids, reduction_weights, special_token_ids
 
@@ -320,7 +320,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output
         if scores.hidden_states is not None:
-            self._stop_on(self._describe(find_bad_token(output, batch.distill_mask), batch.inputs))
+            bad = find_bad_token(output, batch.distill_mask)
+            self._stop_on(find_bad_loss(output) if bad is None else self._describe(bad, batch.inputs))
         log_probs, entropy = output.log_probs, output.entropy
         assert log_probs is not None and entropy is not None
         if not self._needs_per_token_grad:

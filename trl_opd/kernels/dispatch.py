@@ -105,7 +105,9 @@ def fused_linear_divergence(
         mask (`torch.Tensor`, *optional*):
             Rows to project, boolean, shape `(N,)`; by default those whose weight is not 0. Other rows cost nothing,
             get exactly zero gradient, and their statistics are 0.
-        target_ids (`torch.Tensor`, *optional*): Sampled tokens, shape `(N,)`, for the two log-probs.
+        target_ids (`torch.Tensor`, *optional*):
+            Sampled tokens, shape `(N,)`, for the two log-probs. An id outside the shared vocabulary is read as the last
+            entry; leave such rows out.
         student_bias (`torch.Tensor`, *optional*), teacher_bias (`torch.Tensor`, *optional*):
             Shapes `(V_s,)`, `(V_t,)`.
         temperature (`float`, *optional*, defaults to `1.0`): Divides both models' logits. The divergence is not
@@ -114,7 +116,7 @@ def fused_linear_divergence(
         teacher_softcap (`float`, *optional*): The models' own logit post-processing.
         teacher_topk (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             A teacher of which only the top K is known, instead of hidden states: ids `(N, K)` and log-probs `(N, K)`
-            at this `temperature`. Ids below 0 are padding.
+            at this `temperature`. Ids of a row are distinct; those below 0 are padding, beside at least one real id.
         support (`str`, *optional*, defaults to `"full"`):
             Entries to compare with a dense teacher: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`.
         support_size (`int`, *optional*): K of those supports.

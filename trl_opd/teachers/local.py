@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -85,8 +85,8 @@ class LocalTeacher:
         return score_with(self.model, batch, self._live_head)
 
     def _live_head(self, head: Head) -> Head:
-        """A head that can still be read when the forward is over. FSDP1 frees its views, so a copy is kept."""
-        if not isinstance(self.model, FullyShardedDataParallel):
+        """A head that can still be read when the forward is over. FSDP frees what it gathered, so a copy is kept."""
+        if not isinstance(self.model, (FullyShardedDataParallel, FSDPModule)):
             return head
         if self._snapshot is None:
             bias = None if head.bias is None else head.bias.clone()
