@@ -189,7 +189,8 @@ def main() -> None:
         for name in functions:
             row = {"beta": beta, "name": name, **summary(times[name])}
             row["ratio_to_ours"] = row["median_s"] / base
-            line = f"{name:>14} {row['median_s']:9.3f} {row['min_s']:8.3f} {row['max_s']:8.3f} {row['ratio_to_ours']:7.2f}"
+            spread = f"{row['median_s']:9.3f} {row['min_s']:8.3f} {row['max_s']:8.3f}"
+            line = f"{name:>14} {spread} {row['ratio_to_ours']:7.2f}"
             if name != "gemms":
                 row["peak_mib"] = peak_mib(name, x, beta, sys.argv[1:])
                 row["loss"], row["gradient_error"] = gradient_error(candidates[name], x, beta)

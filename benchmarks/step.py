@@ -5,8 +5,7 @@ A whole training step, generation included: OnPolicyDistillTrainer beside TRL's 
 
 Same models, prompts, batch and completion length (the models are random, so a completion hardly ever ends early),
 reverse KL, both in one process, in turn: the trainers run alternating rounds of a few steps, of which the first is not
-counted. Tokens are those that were sampled. Peak memory on a CPU is that of the process and includes what its allocator
-keeps, so it is indicative only.
+counted. Peak memory on a CPU is that of the process and includes what its allocator keeps: an indication only.
 """
 
 import argparse

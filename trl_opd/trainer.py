@@ -230,12 +230,13 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._logs["rewards"].pop(name, None)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
+        """Tokens of GRPO's loss, without vocabulary padding that an engine may have sampled."""
         mask = inputs["completion_mask"]
-        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+        mask = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+        return mask if self._vocab_size is None else mask & (inputs["completion_ids"] < self._vocab_size)
 
     def _distill_mask(self, inputs: dict[str, Any]) -> Tensor:
-        mask = mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
-        return mask if self._vocab_size is None else mask & (inputs["completion_ids"] < self._vocab_size)
+        return mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
 
     @property
     def _student_vocab_size(self) -> int:

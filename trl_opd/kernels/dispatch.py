@@ -106,8 +106,8 @@ def fused_linear_divergence(
             Rows to project, boolean, shape `(N,)`; by default those whose weight is not 0. Other rows cost nothing,
             get exactly zero gradient, and their statistics are 0.
         target_ids (`torch.Tensor`, *optional*):
-            Sampled tokens, shape `(N,)`, for the two log-probs. An id outside the shared vocabulary is read as the last
-            entry; leave such rows out.
+            Sampled tokens, shape `(N,)`, for the two log-probs. An id outside the shared vocabulary is read as the
+            last entry: leave such rows out.
         student_bias (`torch.Tensor`, *optional*), teacher_bias (`torch.Tensor`, *optional*):
             Shapes `(V_s,)`, `(V_t,)`.
         temperature (`float`, *optional*, defaults to `1.0`): Divides both models' logits. The divergence is not
