@@ -19,10 +19,11 @@ from steps import (
     student,
     take_step,
 )
-from tiny import CHARACTERS, make_model, make_tokenizer, trainer_config
+from tiny import CHARACTERS, VOCAB_SIZE, make_model, make_tokenizer, trainer_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_opd import AdapterTeacher, LocalTeacher, OnPolicyDistillConfig, OnPolicyDistillTrainer, TeacherScores
+from trl_opd.kernels.projection import Head
 from trl_opd.teachers import TeacherScoreError
 
 TEACHER = {"hidden_size": 24, "seed": 1}
@@ -243,6 +244,10 @@ WRONG = {
     "flat top k": (
         lambda b, t: TeacherScores(topk_ids=torch.zeros(b, t).long(), topk_logprobs=torch.zeros(b, t)),
         "returned topk_ids of shape",
+    ),
+    "hidden states outside the loss": (
+        lambda b, t: TeacherScores(hidden_states=torch.zeros(b, t, 4), head=Head(torch.zeros(VOCAB_SIZE, 4))),
+        "set scores_in_loss = True",
     ),
     "ids alone": (lambda b, t: TeacherScores(topk_ids=torch.zeros(b, t, 2).long()), "together"),
     "ids and log-probs that differ": (

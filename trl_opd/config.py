@@ -359,7 +359,8 @@ class OnPolicyDistillConfig(GRPOConfig):
                 "direct backpropagation does not have. Unset it, or set credit='policy_gradient', support='sampled'."
             )
         restricted = self.support in ("teacher_top_k", "student_top_k", "union_top_k")
-        if restricted and self.support_tail == "renormalize" and self.support_size == 1:
+        single = restricted and self.support != "union_top_k" and self.support_size == 1
+        if single and self.support_tail == "renormalize":
             raise ValueError(
                 "support_size must be at least 2 with support_tail='renormalize', got 1. One renormalised entry has "
                 "probability 1 in both distributions: loss and gradient are identically zero. Set a larger "

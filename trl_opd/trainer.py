@@ -216,6 +216,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         try:
             scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples), self._student_vocab_size)
             require_scores(scores, self.args.credit, teacher_name(self.teacher))
+            if scores.hidden_states is not None:
+                raise TypeError("hidden states are too large to keep: set scores_in_loss = True on the teacher")
             problem = self._describe(find_bad_score(scores, mask), output)
         except Exception as error:  # of whatever kind: the other processes wait for this one
             problem = error
@@ -430,7 +432,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     @property
     def _is_logged(self) -> bool:
         """Whether the optimizer step that is being made ends in a log line."""
-        if not self.model.training:
+        if not self.model.training or self.args.logging_strategy != "steps":
             return True
         step, every = self.state.global_step + 1, self.state.logging_steps
         return step % every == 0 or step == self.state.max_steps or (step == 1 and self.args.logging_first_step)
