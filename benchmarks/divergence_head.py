@@ -177,8 +177,9 @@ def main() -> None:
     x = make_inputs(args)
     skip = args.skip if device.type == "cuda" else [*args.skip, "liger_triton"]
     candidates = {k: v for k, v in CANDIDATES.items() if k not in skip}
-    result = {"arguments": vars(args), "machine": machine(device), "rows": []}
-    print(result["machine"], {k: v for k, v in vars(args).items() if k not in ("json", "skip")})
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "skip", "memory_of")}
+    result = {"arguments": settings, "machine": machine(device), "rows": []}
+    print(result["machine"], settings)
     for beta in args.betas:
         functions = {name: functools.partial(step, f, x, beta) for name, f in candidates.items()}
         functions["gemms"] = functools.partial(bare_gemms, x)

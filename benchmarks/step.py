@@ -126,8 +126,9 @@ def main() -> None:
                 times[name] += timer.seconds[1:]
                 memory[name] = max(memory.get(name, 0.0), peak.mib)
     tokens = args.batch * args.completion
-    result = {"arguments": vars(args), "machine": machine(device), "tokens_per_step": tokens}
-    print(result["machine"], {k: v for k, v in vars(args).items() if k != "json"})
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "skip", "memory_of")}
+    result = {"arguments": settings, "machine": machine(device), "tokens_per_step": tokens}
+    print(result["machine"], settings)
     for name in times:
         result[name] = summary(times[name]) | {"peak_mib": memory[name]}
         median = result[name]["median_s"]

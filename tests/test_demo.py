@@ -12,7 +12,7 @@ from trl_opd.demo import FAST, report, run_demo
 from trl_opd.demo.evaluation import BudgetCallback, Curve, Evaluator, Point, generate, mean_reverse_kl
 from trl_opd.demo.methods import Workbench, distill, imitate, sample_from_teacher
 from trl_opd.demo.stages import Shape, build_model
-from trl_opd.demo.task import AdditionTask, accuracy_reward, build_tokenizer, is_correct, supervised_dataset
+from trl_opd.demo.task import AdditionTask, accuracy_reward, build_tokenizer, is_correct, solve, supervised_dataset
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,17 @@ def bench(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "completion", "right"),
     [
-        ("317+482=", "997", True),
+        # 317 + 492 = 809
+        ("713+294=", "908", True),
         ("999+999=", "8991", True),
-        ("100+200=", "003", True),
-        ("317+482=", "799", False),
-        ("100+200=", "3", False),
-        ("317+482=", "9970", False),
-        ("317+482=", "", False),
-        ("317+482=", "9+7", False),
+        ("001+002=", "003", True),
+        ("713+294=", "809", False),
+        ("713+294=", "700", False),
+        ("001+002=", "3", False),
+        ("713+294=", "9080", False),
+        ("713+294=", "90", False),
+        ("713+294=", "", False),
+        ("713+294=", "9+8", False),
     ],
 )
 def test_verifier(prompt, completion, right):
@@ -46,9 +49,14 @@ def test_verifier(prompt, completion, right):
     assert accuracy_reward([prompt], [completion], completion_ids=None) == [float(right)]
 
 
-def test_own_answers_are_right():
+def test_problems_are_sums_of_numbers_without_leading_zeros():
     task = AdditionTask(3, 64)
-    assert all(is_correct(problem, task.answer(problem)) for problem in task.sample(200, seed=1))
+    for problem in task.sample(200, seed=1):
+        left, right = problem.removesuffix("=").split("+")
+        assert len(left) == len(right) == 3
+        assert left[-1] != "0" != right[-1]
+        assert len(solve(problem)) + 1 <= task.max_completion_length
+        assert is_correct(problem, solve(problem))
 
 
 def test_tokenizer_round_trip(tokenizer):
