@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .alarms import BadScore, describe, stop_together
 from .collators import TeacherScores, collate_teacher_batch
 from .config import OnPolicyDistillConfig
 from .credit import sampled_advantages
@@ -32,7 +32,7 @@ from .preflight import (
     needs_per_token_grad,
 )
 from .student import MicroBatch, StudentOutput, distillation_head, find_bad_loss, find_bad_token, require_scores
-from .teachers.base import TeacherScoreError, ask, find_bad_score, resolve_teacher, teacher_name
+from .teachers.base import ask, find_bad_score, resolve_teacher, teacher_name
 from .weighting import mask_token_ids, reduction_weights, special_token_ids
 
 
@@ -212,16 +212,16 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _ask_once(self, output: dict[str, Any], mask: Tensor, examples: list[dict[str, Any]]) -> TeacherScores:
         """The teacher's answer to a generation batch. A failure of any kind stops all processes."""
         scores = TeacherScores()
-        problem: str | Exception | None = None
+        problem: BadScore | Exception | None = None
         try:
             scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples), self._student_vocab_size)
             require_scores(scores, self.args.credit, teacher_name(self.teacher))
             if scores.hidden_states is not None:
                 raise TypeError("hidden states are too large to keep: set scores_in_loss = True on the teacher")
-            problem = self._describe(find_bad_score(scores, mask), output)
+            problem = find_bad_score(scores, mask)
         except Exception as error:  # of whatever kind: the other processes wait for this one
             problem = error
-        self._stop_on(problem)
+        self._stop_on(problem, output)
         return scores
 
     def _forget_placeholder(self) -> None:
@@ -324,7 +324,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         batch.output = output
         if scores.hidden_states is not None:
             bad = find_bad_token(output, batch.distill_mask)
-            self._stop_on(find_bad_loss(output) if bad is None else self._describe(bad, batch.inputs))
+            self._stop_on(find_bad_loss(output) if bad is None else bad, batch.inputs)
         log_probs, entropy = output.log_probs, output.entropy
         assert log_probs is not None and entropy is not None
         if not self._needs_per_token_grad:
@@ -335,7 +335,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
     ) -> Any:
         scores = self._scores(batch, model_inputs)
-        self._stop_on(self._describe(find_bad_score(scores, batch.distill_mask), batch.inputs))
+        self._stop_on(find_bad_score(scores, batch.distill_mask), batch.inputs)
         return model(**model_inputs, labels=labels, fused_lm_head=True)
 
     def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> TeacherScores:
@@ -382,39 +382,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
 
     # Alarms and metrics
 
-    def _describe(self, bad: tuple[int, int, float] | None, inputs: dict[str, Any]) -> str | None:
-        """Which token of which sample has the bad score."""
-        if bad is None:
-            return None
-        row, token, value = bad
-        prompt = self._tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()][-60:])
-        return f"{value} at completion token {token} of batch row {row}, whose prompt ends in {prompt!r}"
-
-    def _stop_on(self, problem: str | Exception | None) -> None:
-        """If any process met a bad score or a failing teacher, save a checkpoint on all of them and stop."""
-        flag = torch.tensor(float(problem is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(flag, reduction="sum").item() == 0:
-            return
-        saved = ""
-        if self.is_in_train:
-            self._save_checkpoint(self.model, trial=None)
-            # The first process to leave has the launcher end the others, which may still be writing
-            self.accelerator.wait_for_everyone()
-            saved = f" A checkpoint of step {self.state.global_step} is in {self.args.output_dir}."
-        teacher = f"Teacher {teacher_name(self.teacher)!r}"
-        if isinstance(problem, Exception):
-            what = str(problem) if isinstance(problem, TeacherScoreError) else f"{teacher} failed: {problem!r}."
-            raise TeacherScoreError(f"{what} No step was taken.{saved}") from problem
-        if problem is None:
-            raise TeacherScoreError(
-                f"{teacher} failed or returned bad scores on another process, whose message says more. No step was "
-                f"taken.{saved}"
-            )
-        raise TeacherScoreError(
-            f"{teacher} returned a score that is not finite: {problem}. Training on it would destroy the student, so "
-            f"no step was taken.{saved} Check the teacher's dtype (float16 overflows in many models) and that it "
-            "gives every token of the vocabulary a probability."
-        )
+    def _stop_on(self, bad: BadScore | Exception | str | None, inputs: dict[str, Any]) -> None:
+        problem = describe(bad, inputs, self._tokenizer) if isinstance(bad, tuple) else bad
+        stop_together(self, teacher_name(self.teacher), problem)
 
     def _forget_surrogate(self) -> None:
         """Drop the clip ratios of a surrogate without advantages (and the entropy, where Liger did not compute it)."""
