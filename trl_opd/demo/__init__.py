@@ -20,7 +20,7 @@ from .evaluation import Evaluator
 from .methods import Workbench, distill, imitate, reinforce
 from .report import print_table, write_report
 from .stages import Settings, Shape, train_teacher, warm_up_student
-from .task import AdditionTask, build_tokenizer
+from .task import AdditionTask, build_tokenizer, solve
 
 __all__ = ["FAST", "Settings", "run_demo"]
 
@@ -106,7 +106,7 @@ def _run(scratch: Path, seed: int, settings: Settings) -> dict[str, Any]:
     task = AdditionTask(settings.num_digits, settings.num_held_out, seed)
     # Each use draws from its own seed; the factor keeps the seeds of two runs apart.
     seed_base = 1000 * seed
-    print(f"Task: {task.held_out[0]}{task.answer(task.held_out[0])} (the sum's digits, last first)")
+    print(f"Task: {task.held_out[0]}{solve(task.held_out[0])} (all numbers last digit first)")
     start = time.perf_counter()
     teacher = train_teacher(task, tokenizer, settings, seed_base, scratch)
     evaluator = Evaluator(task, tokenizer, teacher)

@@ -18,7 +18,7 @@ from ..config import OnPolicyDistillConfig
 from ..trainer import OnPolicyDistillTrainer
 from .evaluation import BudgetCallback, Curve, Evaluator, generate
 from .stages import Settings, shared_arguments, train
-from .task import AdditionTask, accuracy_reward, prompt_dataset, supervised_dataset
+from .task import AdditionTask, accuracy_reward, prompt_dataset, solve, supervised_dataset
 
 
 @dataclass
@@ -46,9 +46,7 @@ class Workbench:
         Steps of the learning-rate schedule: what the budget takes if completions are as long as right answers, and a
         tenth more, so that it is the budget that stops a run.
         """
-        mean_length = sum(len(self.task.answer(problem)) + 1 for problem in self.task.held_out) / len(
-            self.task.held_out
-        )
+        mean_length = sum(len(solve(problem)) + 1 for problem in self.task.held_out) / len(self.task.held_out)
         return math.ceil(1.1 * self.settings.budget / (self.settings.batch_size * mean_length))
 
     def arguments(self, config_class: type, method: str, **overrides: Any):

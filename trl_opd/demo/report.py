@@ -155,7 +155,7 @@ def report_text(results: dict[str, Any], plot: str | None) -> str:
   samples.
 - Seconds are of training and sampling, without the measurements; for SFT they include the teacher's sampling. They are
   of tiny models on a CPU and say little about large ones.
-- The learning rates were chosen by a small sweep for each method, on seeds 0 to 2. Nothing is scripted: another seed
+- The learning rates were chosen by a small sweep for each method, on seeds 0 and 3. Nothing is scripted: another seed
   gives another teacher, another student and other problems.
 
 Settings: `{settings}`

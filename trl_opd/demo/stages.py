@@ -19,7 +19,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from .evaluation import Evaluator
-from .task import AdditionTask, supervised_dataset
+from .task import AdditionTask, solve, supervised_dataset
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Settings:
     Everything the demo's outcome depends on, besides the seed.
 
     Args:
-        num_digits (`int`, *optional*, defaults to `3`):
+        num_digits (`int`, *optional*, defaults to `5`):
             Digits of each operand.
-        budget (`int`, *optional*, defaults to `48000`):
+        budget (`int`, *optional*, defaults to `60000`):
             Tokens that each method samples, from the student or, for SFT, from the teacher.
         batch_size (`int`, *optional*, defaults to `32`):
             Completions in each optimizer step of a method.
@@ -65,24 +65,24 @@ class Settings:
         num_generations (`int`, *optional*, defaults to `8`):
             Completions a prompt for GRPO; the distillation takes one.
         learning_rates (`dict[str, float]`, *optional*):
-            Learning rate of each method, chosen by a small sweep on seeds 0 to 2.
+            Learning rate of each method, chosen by a small sweep on seeds 0 and 3.
     """
 
-    num_digits: int = 3
-    budget: int = 48_000
+    num_digits: int = 5
+    budget: int = 60_000
     batch_size: int = 32
     num_points: int = 10
     num_held_out: int = 512
-    teacher_shape: Shape = Shape(128, 3, 256, 0.06)
+    teacher_shape: Shape = Shape(128, 2, 256, 0.06)
     teacher_steps: int = 600
-    student_shape: Shape = Shape(64, 2, 256, 0.08)
+    student_shape: Shape = Shape(64, 2, 128, 0.06)
     warm_up_problems: int = 2000
     warm_up_accuracy: float = 0.2
     warm_up_steps: int = 800
     lora_rank: int = 16
     num_generations: int = 8
     learning_rates: dict[str, float] = field(
-        default_factory=lambda: {"opd": 2.5e-3, "opd_lora": 5e-3, "grpo": 3e-4, "sft": 2.5e-3}
+        default_factory=lambda: {"opd": 2e-3, "opd_lora": 5e-3, "grpo": 6e-4, "sft": 2e-3}
     )
 
 
@@ -137,14 +137,14 @@ def train(trainer: Any) -> None:
 
 def _solved(task: AdditionTask, tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int):
     problems = task.sample(num_problems, seed)
-    answers = tokenizer([task.answer(problem) + tokenizer.eos_token for problem in problems])["input_ids"]
+    answers = tokenizer([solve(problem) + tokenizer.eos_token for problem in problems])["input_ids"]
     return supervised_dataset(problems, answers, tokenizer)
 
 
 class StepsCallback(TrainerCallback):
     """Progress bar of a supervised stage, which may end it early by `is_done(model)`, asked every `check_every`."""
 
-    def __init__(self, name: str, is_done: Callable[[PreTrainedModel], bool] | None = None, check_every: int = 10):
+    def __init__(self, name: str, is_done: Callable[[PreTrainedModel], bool] | None = None, check_every: int = 5):
         self.name = name
         self.is_done = is_done
         self.check_every = check_every

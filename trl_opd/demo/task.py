@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
-"""The demo's task: multi-digit addition with the answer's digits reversed, its verifier and its tokenizer."""
+"""The demo's task: reversed multi-digit addition, its verifier and its tokenizer."""
 
 from dataclasses import dataclass, field
 
@@ -28,21 +28,36 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def solve(prompt: str) -> str:
+    """
+    Right completion of a prompt. All numbers are written last digit first, so that carries run with the text and each
+    digit of the answer stands at the same distance from the two digits that it adds.
+
+    Args:
+        prompt (`str`):
+            Problem such as `"713+294="`, which asks for 317 + 492.
+
+    Returns:
+        `str`: Digits of the sum, last digit first (`"908"`), without the end-of-sequence token.
+    """
+    left, right = prompt.removesuffix("=").split("+")
+    return str(int(left[::-1]) + int(right[::-1]))[::-1]
+
+
 def is_correct(prompt: str, completion: str) -> bool:
     """
     Verify an answer against the problem stated in its own prompt.
 
     Args:
         prompt (`str`):
-            Problem such as `"317+482="`.
+            Problem.
         completion (`str`):
-            Answer without special tokens; right if it is the digits of the sum, last digit first (`"997"`).
+            Answer without special tokens.
 
     Returns:
-        `bool`: Whether the answer is right.
+        `bool`: Whether it is exactly the right one.
     """
-    left, right = prompt.removesuffix("=").split("+")
-    return completion == str(int(left) + int(right))[::-1]
+    return completion == solve(prompt)
 
 
 def accuracy_reward(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
@@ -69,7 +84,7 @@ class AdditionTask:
     Sums of two numbers of `num_digits` digits, with a held-out set that training never draws from.
 
     Args:
-        num_digits (`int`, *optional*, defaults to `3`):
+        num_digits (`int`, *optional*, defaults to `5`):
             Digits of each operand; neither has a leading zero.
         num_held_out (`int`, *optional*, defaults to `512`):
             Problems kept for evaluation.
@@ -77,7 +92,7 @@ class AdditionTask:
             Seed of the held-out draw. Training draws take their own seeds.
     """
 
-    num_digits: int = 3
+    num_digits: int = 5
     num_held_out: int = 512
     seed: int = 0
     held_out: list[str] = field(init=False)
@@ -101,7 +116,7 @@ class AdditionTask:
     def _draw(self, num_problems: int, generator: torch.Generator) -> list[str]:
         low, high = 10 ** (self.num_digits - 1), 10**self.num_digits
         operands = torch.randint(low, high, (num_problems, 2), generator=generator).tolist()
-        return [f"{left}+{right}=" for left, right in operands]
+        return [f"{left}+{right}"[::-1] + "=" for left, right in operands]
 
     def sample(self, num_problems: int, seed: int) -> list[str]:
         """
@@ -123,12 +138,6 @@ class AdditionTask:
             drawn = self._draw(num_problems - len(problems), generator)
             problems += [problem for problem in drawn if problem not in held_out]
         return problems
-
-    @staticmethod
-    def answer(prompt: str) -> str:
-        """Right completion of a prompt, without the end-of-sequence token."""
-        left, right = prompt.removesuffix("=").split("+")
-        return str(int(left) + int(right))[::-1]
 
 
 def prompt_dataset(prompts: list[str]) -> Dataset:
