@@ -1,5 +1,6 @@
 """Bad arguments of the trainer stop it before any weight is loaded, with a message that says what to do."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -231,3 +232,14 @@ def test_init_kwargs_for_an_instance_are_refused(build):
 def test_a_plain_config_without_completions_is_refused_before_the_weights(build, tmp_path):
     args = GRPOConfig(**trainer_config(tmp_path, max_completion_length=0, num_generations=2))
     assert "max_completion_length must be at least 1, got 0" in error_of(build, args=args)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_copy_of_a_trained_model_is_refused_because_it_samples_with_the_original(tmp_path, lora):
+    args = OnPolicyDistillConfig(**trainer_config(tmp_path))
+    arguments = {"args": args, "train_dataset": make_prompts(), "processing_class": make_tokenizer()}
+    peft = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if lora else {}
+    trainer = OnPolicyDistillTrainer(make_model(), make_model(24, seed=1), **arguments, **peft)
+    OnPolicyDistillTrainer(trainer.model, make_model(24, seed=1), **arguments)  # itself, again
+    with pytest.raises(ValueError, match="copy of a model that a trainer had patched"):
+        OnPolicyDistillTrainer(copy.deepcopy(trainer.model), make_model(24, seed=1), **arguments)

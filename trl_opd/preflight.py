@@ -70,6 +70,23 @@ def needs_per_token_grad(args: OnPolicyDistillConfig, has_rewards: bool) -> bool
     return (has_rewards and args.reward_coef > 0) or args.beta != 0.0 or entropy_bonus
 
 
+def check_student(model: Any) -> None:
+    """A deep copy of a model that a trainer has patched samples with the weights of the original."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    while forward is not None:
+        if getattr(forward, "__self__", model) is not model:
+            raise ValueError(
+                "model must run its own weights, got a copy of a model that a trainer had patched: its forward still "
+                "calls the original, so the student would never see what it learns. Build it anew: "
+                "type(model)(model.config), then load_state_dict(model.state_dict())."
+            )
+        function = getattr(forward, "__func__", forward)
+        names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+        cells = dict(zip(names, getattr(function, "__closure__", None) or (), strict=True))
+        forward = cells["original_forward"].cell_contents if "original_forward" in cells else None
+
+
 def check_dataset(dataset: Any, name: str, environment_factory: object) -> None:
     """The `prompt` column must exist, unless an environment brings the prompts."""
     if isinstance(dataset, (dict, DatasetDict, IterableDatasetDict)):

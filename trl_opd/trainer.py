@@ -28,6 +28,7 @@ from .preflight import (
     check_peft,
     check_reward_group,
     check_sources,
+    check_student,
     check_teacher,
     needs_per_token_grad,
 )
@@ -132,6 +133,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         check_adapter(teacher, model, peft_config)
         no_rewards = reward_funcs is None or reward_funcs == []
         if teacher is not None:
+            check_student(model)
             check_mix(args, not no_rewards)
             check_masked_tokens(args, model, processing_class)
         self._vocab_size = check_teacher(teacher, model, args, processing_class, teacher_processing_class)
