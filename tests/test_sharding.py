@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import FAILURES, RUNS, fail_and_resume, one_process, train
+from two_processes import FAILURES, RUNS, fail_and_resume, leave, one_process, train
 
 import trl_opd
 from trl_opd.collators import TeacherBatch
@@ -145,7 +145,7 @@ def run_two_processes(output_dir):
         loss = distill(student, teacher, rows, 2, per_token_grad)
         torch.distributed.all_reduce(loss)
         torch.save({"loss": loss / 2, "gradients": gradients(student)}, output_dir / f"{name}.{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
