@@ -13,7 +13,7 @@ help:
 	@echo 'make test-slow  the slow tests'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     let ruff mend and format'
-	@echo 'make bench      the benchmarks beside TRL'
+	@echo 'make bench      the benchmarks beside TRL and Liger'
 	@echo 'make build      the wheel, in dist/'
 	@echo 'make clean      remove what these made, the environment included'
 
@@ -52,8 +52,8 @@ format: $(VENV)/.dev-stamp
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.user-stamp
-	$(BIN)/python benchmarks/divergence_head.py
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/trl-opd bench head
+	$(BIN)/trl-opd bench step
 
 build: $(VENV)/.user-stamp
 	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w dist .

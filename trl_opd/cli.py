@@ -4,6 +4,7 @@ The `trl-opd` command.
 
     trl-opd demo                       # on-policy distillation from scratch on this machine
     trl-opd train --config run.yaml    # any field also as --field value
+    trl-opd bench head                 # speed and memory beside TRL and Liger; also `bench step`
 """
 
 import argparse
@@ -23,12 +24,17 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
     commands.add_parser("train", help="train from a YAML file or command-line fields (see --help)", add_help=False)
+    commands.add_parser("bench", help="time and memory beside TRL and Liger: bench head, bench step", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "train":
         from .train import main as train
 
         train(rest)
         return 0
+    if args.command == "bench":
+        from .bench import main as bench
+
+        return bench(argv[argv.index("bench") + 1 :])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from .demo import run_demo
