@@ -211,7 +211,7 @@ BAD = [
     ({"support": "teacher_topk"}, ["support must be", "'teacher_topk'", "Did you mean 'teacher_top_k'?"]),
     ({"support_tail": "renormalise"}, ["support_tail", "Did you mean 'renormalize'?"]),
     ({"credit": "policy-gradient"}, ["credit must be", "Did you mean 'policy_gradient'?", "direct"]),
-    ({"loss_backend": "triton"}, ["loss_backend must be", "'triton'", "Valid: auto, torch, liger"]),
+    ({"loss_backend": "triten"}, ["loss_backend must be", "'triten'", "Valid: auto, torch, triton, liger"]),
     ({"divergence_kwargs": {"beta": 0.5}}, ["divergence_kwargs", "'beta'", "reverse_kl takes no parameters"]),
     (
         {"divergence": "generalized_jsd", "divergence_kwargs": {"beta": 1.5}},
@@ -241,7 +241,12 @@ BAD = [
         {"support": "teacher_top_k", "support_size": 1, "support_tail": "renormalize"},
         ["support_size must be at least 2", "identically zero", "support_tail='bucket'"],
     ),
+    (
+        {"support": "intersection_top_k", "support_size": 1, "support_tail": "renormalize"},
+        ["support_size must be at least 2", "identically zero", "support_tail='bucket'"],
+    ),
     ({"support": "student_top_k", "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
+    ({"support": "intersection_top_k", "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
     ({**SAMPLED, "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
     ({"loss_type": "dapoo"}, ["loss_type must be", "'dapoo'", "Did you mean 'dapo'?"]),
 ]  # fmt: skip

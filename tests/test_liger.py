@@ -106,10 +106,10 @@ def test_a_frozen_head_gets_no_gradient():
         ),
         *(
             ({"support": support, "support_size": 4}, "a top-k support", "compares whole vocabularies")
-            for support in SUPPORTS[1:4]
+            for support in SUPPORTS[1:-1]
         ),
         (
-            {"teacher_topk": (torch.zeros(N, 3).long(), torch.zeros(N, 3)), "teacher_hidden": None}
+            {"teacher_topk": (torch.arange(3).expand(N, 3), torch.zeros(N, 3)), "teacher_hidden": None}
             | {"teacher_weight": None},
             "a top-k support",
             "compares whole vocabularies",

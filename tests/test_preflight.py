@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer
+from trl_opd.kernels import triton_backend
 
 
 class WeightsLoadedError(Exception):
@@ -191,6 +192,14 @@ def test_terms_that_share_the_projection_need_one_temperature_and_a_backend_with
     message = error_of(build, {**fields, "loss_backend": "liger"})
     assert "loss_backend must be 'auto' or 'torch'" in message
     assert "got 'liger'" in message
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_the_weights_load(build, monkeypatch):
+    with pytest.raises(WeightsLoadedError):
+        build({"loss_backend": "triton"})
+    monkeypatch.setattr(triton_backend, "_INTERPRET", False)
+    message = error_of(build, {"loss_backend": "triton"})
+    assert "loss_backend='triton' cannot be used: it needs a CUDA device, and these tensors are on cpu" in message
 
 
 def test_rewards_need_one_temperature_and_a_backend_with_logprobs(build):

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from textbook import CASES, F_DIVERGENCES, Side, divergence, fused_arguments, make_sides
+from textbook import CASES, F_DIVERGENCES, Side, divergence, divergence_on, fused_arguments, make_sides, support_of
 
 from trl_opd import fused_linear_divergence
 
 NAMES = list(CASES)
 N, V, K = 7, 19, 5
-SUPPORTS = ["teacher_top_k", "student_top_k", "union_top_k"]
+SUPPORTS = ["teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k"]
 TAILS = ["bucket", "renormalize", "none"]
 
 
@@ -19,28 +19,10 @@ def sides(n: int = N, V: int = V) -> tuple[Side, Side]:
     return replace(student, scale=1.2), teacher
 
 
-def support_of(s: torch.Tensor, t: torch.Tensor, support: str, size: int) -> list[int]:
-    """Entries of one row's support."""
-    best = {x: set(sorted(range(len(x)), key=lambda v: -float(x[v]))[:size]) for x in (s.detach(), t)}
-    student, teacher = best.values()
-    return sorted({"teacher_top_k": teacher, "student_top_k": student, "union_top_k": student | teacher}[support])
-
-
-def textbook_on(name: str, s: torch.Tensor, t: torch.Tensor, entries: list[int], tail: str) -> torch.Tensor:
-    """One row's divergence on `entries`."""
-    s_K, t_K = s[entries], t[entries]
-    if tail == "renormalize":
-        s_K, t_K = s_K / s_K.sum(), t_K / t_K.sum()
-    if tail == "bucket" and len(entries) < len(s):
-        rest = [v for v in range(len(s)) if v not in entries]
-        s_K, t_K = torch.cat([s_K, s[rest].sum()[None]]), torch.cat([t_K, t[rest].sum()[None]])
-    return divergence(name, s_K, t_K)
-
-
 def textbook(name, student, teacher, support, size, tail) -> torch.Tensor:
     return torch.stack(
         [
-            textbook_on(name, s, t, support_of(s, t, support, size), tail)
+            divergence_on(name, s, t, support_of(s, t, support, size), tail)
             for s, t in zip(student.probs(), teacher.probs(), strict=True)
         ]
     )
@@ -100,7 +82,7 @@ def test_a_top_k_teacher_equals_a_dense_one_on_its_top_k(name, tail):
 def test_supports_at_another_temperature(temperature):
     student, teacher = sides()
     pairs = list(zip(student.probs(temperature), teacher.probs(temperature), strict=True))
-    truth = [textbook_on("reverse_kl", s, t, support_of(s, t, "union_top_k", K), "bucket") for s, t in pairs]
+    truth = [divergence_on("reverse_kl", s, t, support_of(s, t, "union_top_k", K), "bucket") for s, t in pairs]
     out = fused(student, teacher, support="union_top_k", support_size=K, temperature=temperature, **WEIGHTS)
     assert_same(out, torch.stack(truth), student)
 
@@ -190,7 +172,7 @@ def test_a_renormalised_support_has_exactly_no_gradient_outside(name):
     assert (bias[inside] != 0).any()
 
 
-@pytest.mark.parametrize("kind", ["teacher_top_k", "student_top_k", "top-k teacher"])
+@pytest.mark.parametrize("kind", ["teacher_top_k", "student_top_k", "intersection_top_k", "top-k teacher"])
 def test_a_renormalised_support_of_one_entry_is_refused(kind):
     """I8e: it is identically zero."""
     student, teacher = sides()
@@ -211,6 +193,54 @@ def test_a_matched_teacher_gives_zero_on_every_support(name, tail):
     assert max(g.abs().max() for g in torch.autograd.grad(out.loss, student.leaves)) < 1e-14
 
 
+def sides_with_common_entries(counts: list[int]) -> tuple[Side, Side]:
+    """One row for each of `counts`, with that many entries in both models' top K."""
+    logits = torch.randn(2, len(counts), V, generator=torch.Generator().manual_seed(0)).double()
+    for row, count in enumerate(counts):
+        logits[0, row, :K] += 6
+        logits[1, row, K - count : 2 * K - count] += 6
+    eye = torch.eye(len(counts)).double()
+    student, teacher = (Side(eye, x.T.contiguous()) for x in logits)
+    return student.to(torch.float64, grad=True), teacher
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_intersection_has_value_and_gradient_zero(name, tail):
+    student, teacher = sides_with_common_entries([2, 0, K, 1])
+    out = fused(student, teacher, name, support="intersection_top_k", support_size=K, tail=tail)
+    truth = textbook(name, student, teacher, "intersection_top_k", K, tail)
+    torch.testing.assert_close(out.divergence, truth.detach(), rtol=1e-9, atol=1e-12)
+    assert out.divergence[1] == 0 and (out.divergence[[0, 2]] > 0).all()
+    hidden, weight = torch.autograd.grad(out.loss, student.leaves)
+    expected = torch.autograd.grad(truth.sum(), student.leaves)
+    torch.testing.assert_close((hidden, weight), expected, rtol=1e-8, atol=1e-10)
+    assert (hidden[1] == 0).all() and (weight[:, 1] == 0).all()
+    if tail == "renormalize":  # one entry alone has probability 1 in both
+        assert out.divergence[3] == 0 and (weight[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("per_token_grad", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_that_says_nothing_about_a_token_teaches_nothing_there(name, tail, per_token_grad):
+    student, teacher = sides()
+    ids, logprobs = top(teacher)
+    ids[[1, 4]], logprobs[[1, 4]] = -1, float("nan")
+    ids[4] = V + torch.arange(K)  # entries that the student lacks are nothing to it
+    out = from_top_k(student, ids, logprobs, name, tail=tail, overlap_top_k=3, per_token_grad=per_token_grad)
+    silent = torch.isin(torch.arange(N), torch.tensor([1, 4]))
+    for statistic in (out.divergence, out.forward_kl, out.reverse_kl, out.teacher_entropy, out.overlap):
+        assert (statistic[silent] == 0).all() and torch.isfinite(statistic).all()
+    gradients = torch.autograd.grad(out.loss, student.leaves)
+    assert (gradients[0][silent] == 0).all()
+    heard = replace(student, hidden=student.hidden[~silent])
+    truth = textbook(name, heard, replace(teacher, hidden=teacher.hidden[~silent]), "teacher_top_k", K, tail)
+    torch.testing.assert_close(out.divergence[~silent], truth, rtol=1e-9, atol=1e-12)
+    expected = torch.autograd.grad(truth.sum(), student.leaves)
+    torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-10)
+
+
 PADDINGS = {
     "at the end": [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1], [0, -1, -1, -1, -1]],
     "at the start": [[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [-1, -1, -1, -1, 0]],
@@ -229,11 +259,32 @@ def test_negative_ids_are_padding_wherever_they_stand(name, tail, padding, paddi
     padded_ids = ids.gather(1, places.clamp(min=0)).masked_fill(places < 0, padding_id)
     padded_logprobs = logprobs.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("nan"))
     truth = [
-        textbook_on(name, s, t, [int(v) for v in entries if v >= 0], tail)
+        divergence_on(name, s, t, [int(v) for v in entries if v >= 0], tail)
         for s, t, entries in zip(student.probs(), teacher.probs(), padded_ids, strict=True)
     ]
     out = from_top_k(student, padded_ids, padded_logprobs, name, tail=tail, token_weights=torch.linspace(1, 2, 3))
     assert_same(out, torch.stack(truth), student)
+
+
+@pytest.mark.parametrize(("extra", "refused"), [(3, True), (-1, False), (V, False)])
+def test_an_entry_that_a_teacher_sends_twice_is_refused(extra, refused):
+    student, teacher = sides()
+    ids, logprobs = top(teacher)
+    alone = from_top_k(student, ids, logprobs).divergence
+    ids, logprobs = torch.cat([ids, torch.full((N, 2), -1)], 1), torch.cat([logprobs, torch.zeros(N, 2)], 1)
+    ids[2, -2:] = ids[2, extra] if refused else extra
+    if refused:
+        with pytest.raises(ValueError, match=rf"ids of a row must be distinct, got one with {ids[2, extra]} twice"):
+            from_top_k(student, ids, logprobs)
+        assert from_top_k(student, ids, logprobs, mask=torch.arange(N) != 2).rows.sum() == N - 1
+    else:  # padding, and what the student lacks
+        torch.testing.assert_close(from_top_k(student, ids, logprobs).divergence, alone)
+
+
+@pytest.mark.parametrize("logprobs", [torch.zeros(N, K + 1), torch.zeros(N)])
+def test_a_top_k_teacher_whose_ids_and_log_probs_differ_in_shape_is_refused(logprobs):
+    with pytest.raises(ValueError, match=r"teacher_topk must be whole-numbered ids \(N, K\) and log-probs \(N, K\)"):
+        from_top_k(sides()[0], torch.arange(K).expand(N, K), logprobs)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "none"])
@@ -241,7 +292,7 @@ def test_a_teacher_entry_that_the_student_lacks_is_part_of_the_rest(tail):
     student, teacher = sides()
     ids, logprobs = top(teacher)
     truth = [
-        textbook_on("reverse_kl", s, t, entries.tolist(), tail)
+        divergence_on("reverse_kl", s, t, entries.tolist(), tail)
         for s, t, entries in zip(student.probs(), teacher.probs(), ids[:, 1:], strict=True)
     ]
     ids[:, 0] = torch.arange(V, V + N)

@@ -249,7 +249,11 @@ WRONG = {
         lambda b, t: TeacherScores(hidden_states=torch.zeros(b, t, 4), head=Head(torch.zeros(VOCAB_SIZE, 4))),
         "set scores_in_loss = True",
     ),
-    "ids alone": (lambda b, t: TeacherScores(topk_ids=torch.zeros(b, t, 2).long()), "together"),
+    "ids alone": (lambda b, t: TeacherScores(topk_ids=torch.arange(2).expand(b, t, 2)), "together"),
+    "an id twice": (
+        lambda b, t: TeacherScores(topk_ids=torch.full((b, t, 2), 7), topk_logprobs=torch.full((b, t, 2), -1.0)),
+        "topk_ids with 7 twice for one token",
+    ),
     "ids and log-probs that differ": (
         lambda b, t: TeacherScores(topk_ids=torch.zeros(b, t, 2).long(), topk_logprobs=torch.zeros(b, t, 3)),
         "topk_logprobs",
@@ -257,7 +261,7 @@ WRONG = {
     "nothing": (lambda b, t: TeacherScores(), "must return scores, got none"),
     "hidden states alone": (lambda b, t: TeacherScores(hidden_states=torch.zeros(b, t, 3)), "head together"),
     "losses": (
-        lambda b, t: TeacherScores(topk_ids=torch.ones(b, t, 2).long(), topk_logprobs=torch.ones(b, t, 2)),
+        lambda b, t: TeacherScores(topk_ids=torch.arange(2).expand(b, t, 2), topk_logprobs=torch.ones(b, t, 2)),
         "the logarithm of a probability is at most 0",
     ),
     "a list": (lambda b, t: [[0.0] * t] * b, "must return TeacherScores or a tensor, got list"),

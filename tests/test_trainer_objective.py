@@ -216,6 +216,18 @@ def test_truncated_completions_may_leave_the_loss(tmp_path):
     check(step, reverse_kl)
 
 
+@pytest.mark.parametrize("fields", [{}, {"support": "student_top_k", "support_size": 4}], ids=["full", "top-k"])
+def test_the_triton_backend_gives_the_same_step(tmp_path, fields):
+    steps = [
+        take_step(tmp_path / name, model=make_model(), teacher=make_model(**TEACHER), loss_backend=name, **fields)
+        for name in ("torch", "triton")
+    ]
+    assert_same_gradient(steps[1].gradient, steps[0].gradient, tolerance=1e-5)
+    assert steps[0].logs.keys() == steps[1].logs.keys()
+    for name in (name for name in steps[0].logs if name.startswith("distill/")):
+        assert steps[1].logs[name] == pytest.approx(steps[0].logs[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("fields", [{}, {"special_token_masking": ["<eos>", *range(6, 26)]}], ids=["all", "masked"])
 def test_the_liger_backend_gives_the_same_step(tmp_path, fields):
     steps = [

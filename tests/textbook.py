@@ -99,6 +99,26 @@ def divergence(name: str, s: Tensor, t: Tensor) -> Tensor:
     return formula(s, t, **params)
 
 
+def support_of(s: Tensor, t: Tensor, support: str, size: int) -> list[int]:
+    """Entries of the support of one row `(V,)`."""
+    student, teacher = (set(sorted(range(len(x)), key=lambda v: -float(x[v]))[:size]) for x in (s.detach(), t))
+    sets = {"teacher_top_k": teacher, "student_top_k": student}
+    return sorted({**sets, "union_top_k": student | teacher, "intersection_top_k": student & teacher}[support])
+
+
+def divergence_on(name: str, s: Tensor, t: Tensor, entries: list[int], tail: str) -> Tensor:
+    """One row's divergence on `entries`; 0 where there are none, whatever the formula makes of an empty sum."""
+    if not entries:
+        return 0.0 * s.sum()
+    s_K, t_K = s[entries], t[entries]
+    if tail == "renormalize":
+        s_K, t_K = s_K / s_K.sum(), t_K / t_K.sum()
+    if tail == "bucket" and len(entries) < len(s):
+        rest = [v for v in range(len(s)) if v not in entries]
+        s_K, t_K = torch.cat([s_K, s[rest].sum()[None]]), torch.cat([t_K, t[rest].sum()[None]])
+    return divergence(name, s_K, t_K)
+
+
 @dataclass
 class Side:
     """One model's last hidden states and head."""

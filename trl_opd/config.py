@@ -52,8 +52,9 @@ class OnPolicyDistillConfig(GRPOConfig):
             Parameters of the divergence, e.g. `{"beta": 0.5}` of the generalized JSD (0 is the forward KL, 1 the
             reverse KL).
         support (`str`, *optional*, defaults to `"full"`):
-            Vocabulary entries to compare: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`, or
-            `"sampled"` (the sampled token alone; needs `credit="policy_gradient"`).
+            Vocabulary entries to compare: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`,
+            `"intersection_top_k"` (a token whose two top sets have nothing in common is not trained), or `"sampled"`
+            (the sampled token alone; needs `credit="policy_gradient"`).
         support_size (`int`, *optional*, defaults to `64`):
             K of the top-k supports.
         support_tail (`str`, *optional*, defaults to `"bucket"`):
@@ -87,7 +88,8 @@ class OnPolicyDistillConfig(GRPOConfig):
         > Parameters that control the computation
 
         loss_backend (`str`, *optional*, defaults to `"auto"`):
-            Implementation of the fused divergence: `"torch"` (chunked reference), `"liger"`, or `"auto"`.
+            Implementation of the fused divergence: `"torch"` (chunked reference), `"triton"` (CUDA devices),
+            `"liger"`, or `"auto"`, which takes Triton where it runs.
         loss_chunk_mib (`int`, *optional*):
             Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 64 on a CPU.
         overlap_top_k (`int`, *optional*, defaults to `16`):
@@ -134,8 +136,8 @@ class OnPolicyDistillConfig(GRPOConfig):
     support: str = field(
         default="full",
         metadata={
-            "help": "Vocabulary entries to compare: 'full', 'teacher_top_k', 'student_top_k', 'union_top_k' or "
-            "'sampled' (with credit='policy_gradient')."
+            "help": "Vocabulary entries to compare: 'full', 'teacher_top_k', 'student_top_k', 'union_top_k', "
+            "'intersection_top_k' or 'sampled' (with credit='policy_gradient')."
         },
     )
     support_size: int = field(default=64, metadata={"help": "K of the top-k supports."})
@@ -180,7 +182,8 @@ class OnPolicyDistillConfig(GRPOConfig):
 
     # Parameters that control the computation
     loss_backend: str = field(
-        default="auto", metadata={"help": "Implementation of the fused divergence: 'auto', 'torch' or 'liger'."}
+        default="auto",
+        metadata={"help": "Implementation of the fused divergence: 'auto', 'torch', 'triton' or 'liger'."},
     )
     loss_chunk_mib: int | None = field(
         default=None,
@@ -358,7 +361,7 @@ class OnPolicyDistillConfig(GRPOConfig):
                 f"{name} must be unset with credit='direct', got {getattr(self, name)!r}. It shapes advantages, which "
                 "direct backpropagation does not have. Unset it, or set credit='policy_gradient', support='sampled'."
             )
-        restricted = self.support in ("teacher_top_k", "student_top_k", "union_top_k")
+        restricted = self.support not in ("full", "sampled")
         single = restricted and self.support != "union_top_k" and self.support_size == 1
         if single and self.support_tail == "renormalize":
             raise ValueError(

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .kernels.operands import whole
 from .kernels.projection import Head
 
 
@@ -39,11 +39,6 @@ def logit_postprocessing(config: PretrainedConfig) -> tuple[float, float | None]
     if scaling is None:
         return 1.0, softcap
     return float(scaling) if text.model_type == "hyperclovax" else 1.0 / float(scaling), softcap
-
-
-def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of an FSDP2 shard, with the gradient's way back; anything else as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def gather_heads(*parameters: Tensor | None) -> Callable[[], AbstractContextManager]:
@@ -99,7 +94,7 @@ def add_head_branch(model: PreTrainedModel, cast_head_to_fp32: bool = False) -> 
         weight, bias = head_parameters(head)
         hidden_states = outputs.last_hidden_state.to(weight.device)
         with maybe_gather_lm_head_ctx(weight, bias):
-            live = Head(whole(weight), whole(bias), scale, softcap)  # type: ignore[arg-type]
+            live = Head(whole(weight), whole(bias), scale, softcap)
             if not cast_head_to_fp32:
                 return head_call(hidden_states, live, aux_loss)
             with torch.autocast(hidden_states.device.type, enabled=False):

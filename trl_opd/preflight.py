@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from .config import OnPolicyDistillConfig
+from .kernels.dispatch import why_not_triton
 from .teachers import AdapterTeacher, LocalTeacher
 from .vocabulary import as_tokenizer, shared_vocab_size
 from .weighting import special_token_ids
@@ -56,6 +57,12 @@ def check_mix(args: OnPolicyDistillConfig, has_rewards: bool) -> None:
             f"distill_temperature must equal temperature ({args.temperature}) beside rewards, beta or an entropy "
             f"bonus, got {args.distill_temperature!r}. They share one projection with the divergence. Leave "
             "distill_temperature unset."
+        )
+    reason = why_not_triton(args.device) if args.loss_backend == "triton" else None
+    if reason is not None:
+        raise ValueError(
+            f"loss_backend='triton' cannot be used: {reason}. Leave loss_backend='auto', which takes Triton where it "
+            "runs."
         )
     if needs_logprobs and args.loss_backend == "liger":
         raise ValueError(

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .collators import TeacherScores
 from .config import OnPolicyDistillConfig
-from .heads import HeadCall, gather_heads, whole
+from .heads import HeadCall, gather_heads
 from .kernels import fused_linear_divergence
 from .kernels.projection import Head
 from .teachers.base import TeacherScoreError
@@ -75,48 +75,42 @@ def distillation_head(
     support = "teacher_top_k" if scores.topk_ids is not None and args.support == "full" else args.support
 
     def call(hidden_states: Tensor, head: Head, aux_loss: Tensor | None) -> StudentOutput:
-        device = hidden_states.device
-        teacher, topk = scores.head, None
-        teacher_hidden, teacher_weight, teacher_bias = None, None, None
+        teacher, teacher_hidden, topk = None, None, None
         if scores.hidden_states is not None:
-            assert teacher is not None
-            teacher_hidden = scores.hidden_states.to(device).flatten(0, 1)
-            teacher_weight, teacher_bias = whole(teacher.weight), whole(teacher.bias)
-            teacher_weight = teacher_weight.to(device)  # type: ignore[union-attr]
-            teacher_bias = None if teacher_bias is None else teacher_bias.to(device)
+            assert scores.head is not None
+            teacher, teacher_hidden = scores.head, scores.hidden_states.flatten(0, 1)
         else:
             assert scores.topk_ids is not None and scores.topk_logprobs is not None
-            topk = (scores.topk_ids.to(device).flatten(0, 1), scores.topk_logprobs.to(device).flatten(0, 1))
+            topk = (scores.topk_ids.flatten(0, 1), scores.topk_logprobs.flatten(0, 1))
         sharded = [head.weight, head.bias] + ([teacher.weight, teacher.bias] if teacher is not None else [])
-        with gather_heads(*sharded)():
-            result = fused_linear_divergence(
-                hidden_states[:, -num_tokens - 1 : -1].flatten(0, 1),
-                head.weight,
-                teacher_hidden,
-                teacher_weight,
-                divergence=args.divergence,
-                divergence_kwargs=args.divergence_kwargs,  # type: ignore[arg-type]
-                token_weights=batch.weights.to(device).flatten(),
-                mask=rows.to(device).flatten(),
-                target_ids=target_ids.to(device).flatten(),
-                student_bias=head.bias,
-                teacher_bias=teacher_bias,
-                temperature=args.divergence_temperature,
-                student_logit_scale=head.logit_scale,
-                student_softcap=head.softcap,
-                teacher_logit_scale=1.0 if teacher is None else teacher.logit_scale,
-                teacher_softcap=None if teacher is None else teacher.softcap,
-                teacher_topk=topk,
-                support=support,
-                support_size=args.support_size,
-                tail=args.support_tail,
-                overlap_top_k=overlap_top_k,
-                per_token_grad=per_token_grad,
-                vocab_size=vocab_size,
-                chunk_bytes=None if args.loss_chunk_mib is None else args.loss_chunk_mib << 20,
-                gather=gather_heads(*sharded),
-                backend=args.loss_backend,
-            )
+        result = fused_linear_divergence(
+            hidden_states[:, -num_tokens - 1 : -1].flatten(0, 1),
+            head.weight,
+            teacher_hidden,
+            None if teacher is None else teacher.weight,
+            divergence=args.divergence,
+            divergence_kwargs=args.divergence_kwargs,  # type: ignore[arg-type]
+            token_weights=batch.weights.flatten(),
+            mask=rows.flatten(),
+            target_ids=target_ids.flatten(),
+            student_bias=head.bias,
+            teacher_bias=None if teacher is None else teacher.bias,
+            temperature=args.divergence_temperature,
+            student_logit_scale=head.logit_scale,
+            student_softcap=head.softcap,
+            teacher_logit_scale=1.0 if teacher is None else teacher.logit_scale,
+            teacher_softcap=None if teacher is None else teacher.softcap,
+            teacher_topk=topk,
+            support=support,
+            support_size=args.support_size,
+            tail=args.support_tail,
+            overlap_top_k=overlap_top_k,
+            per_token_grad=per_token_grad,
+            vocab_size=vocab_size,
+            chunk_bytes=None if args.loss_chunk_mib is None else args.loss_chunk_mib << 20,
+            gather=gather_heads(*sharded),
+            backend=args.loss_backend,
+        )
 
         def view(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.view(target_ids.shape)

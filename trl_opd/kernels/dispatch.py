@@ -3,58 +3,27 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..losses import nearest_name, resolve_divergence
-from .fused import STATS, GradientInForward, PerToken, Problem
-from .projection import Head
-from .supports import SUPPORTS, TAILS
+from .fused import GradientInForward, PerToken
+from .modes import untraced
+from .operands import Rows, check_head, choose_rows, frozen_head, gathered, move, operand_dtypes, whole
+from .problem import Problem
+from .projection import logit_dtype
+from .result import FusedDivergence, make_result
+from .supports import SUPPORTS, TAILS, check_topk
+from .vocab_parallel import VocabShard, make_shard
 
-BACKENDS = ("auto", "torch", "liger")
+BACKENDS = ("auto", "torch", "triton", "liger")
 _CPU_CHUNK_BYTES = 64 << 20
 _DEVICE_CHUNK_BYTES = 512 << 20
 
 
-@dataclass
-class FusedDivergence:
-    """
-    Result of [`fused_linear_divergence`]. Per-token tensors have shape `(N,)`, dtype float32 (float64 for float64
-    inputs), are in nats, and are 0 on rows that were left out.
-
-    Args:
-        loss (`torch.Tensor`):
-            Scalar Σ weight · divergence, differentiable in the student's hidden states, weight and bias.
-        divergence (`torch.Tensor` or `None`):
-            Value per token, on the support asked for. With `backend="liger"` this and all that follow except `rows`
-            are `None`: Liger returns the scalar only, and projecting again for metrics would cost what it saves.
-        forward_kl (`torch.Tensor`), reverse_kl (`torch.Tensor`):
-            KL(teacher‖student) and KL(student‖teacher) per token, whatever the divergence. Over the whole vocabulary
-            with a dense teacher; with a top-k teacher over its support and one bucket for the rest (a lower bound).
-        student_entropy (`torch.Tensor`), teacher_entropy (`torch.Tensor`):
-            Entropies. A top-k teacher's is that of the bucketed distribution (a lower bound).
-        student_logprobs (`torch.Tensor` or `None`), teacher_logprobs (`torch.Tensor` or `None`):
-            Log-probs of `target_ids`; `None` without them (the teacher's also with a top-k teacher).
-        overlap (`torch.Tensor` or `None`):
-            Share of the teacher's top `overlap_top_k` entries that are in the student's; `None` if not asked for.
-        rows (`torch.Tensor`):
-            Boolean mask of the rows that were projected.
-    """
-
-    loss: Tensor
-    divergence: Tensor | None
-    forward_kl: Tensor | None
-    reverse_kl: Tensor | None
-    student_entropy: Tensor | None
-    teacher_entropy: Tensor | None
-    student_logprobs: Tensor | None
-    teacher_logprobs: Tensor | None
-    overlap: Tensor | None
-    rows: Tensor
-
-
+@untraced
 def fused_linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -80,6 +49,7 @@ def fused_linear_divergence(
     overlap_top_k: int = 0,
     per_token_grad: bool = False,
     vocab_size: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
     chunk_bytes: int | None = None,
     gather: Callable[[], AbstractContextManager[None]] = nullcontext,
     backend: str = "auto",
@@ -90,6 +60,11 @@ def fused_linear_divergence(
     Logits are softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature (without the softcap where it is `None`), in
     fp32 whatever the inputs, formed a few rows at a time. The gradient is formed in the forward pass, so the backward
     pass costs no GEMM. It flows to `student_hidden`, `student_weight` and `student_bias` only.
+
+    Heads come as they are. FSDP2 shards (`DTensor`) are gathered, and a student's gets a gradient of its own
+    placement, the mean over the processes (with `vocab_group` neither: they are its rows). ZeRO-3's partitions need
+    `gather`. Of tensors on several devices, the work is done where the student's head is, and gradients return to
+    where the inputs are. Under `torch.compile` the graph breaks around this call. There is no second derivative.
 
     If the heads have different numbers of rows (vocabulary padding), the shared first rows are compared and the others
     are masked out of both distributions.
@@ -116,9 +91,11 @@ def fused_linear_divergence(
         teacher_softcap (`float`, *optional*): The models' own logit post-processing.
         teacher_topk (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             A teacher of which only the top K is known, instead of hidden states: ids `(N, K)` and log-probs `(N, K)`
-            at this `temperature`. Ids of a row are distinct; those below 0 are padding, beside at least one real id.
+            at this `temperature`. Ids of a row are distinct; those below 0 are padding. A row without a real id is
+            one about whose teacher nothing is known: value and gradient 0.
         support (`str`, *optional*, defaults to `"full"`):
-            Entries to compare with a dense teacher: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`.
+            Entries to compare with a dense teacher: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`,
+            `"intersection_top_k"` (entries in both top sets; a row that has none is left at value and gradient 0).
         support_size (`int`, *optional*): K of those supports.
         tail (`str`, *optional*, defaults to `"bucket"`):
             What becomes of the entries outside a support: `"bucket"`, `"renormalize"` or `"none"`.
@@ -127,9 +104,17 @@ def fused_linear_divergence(
             Make `.divergence`, `.student_logprobs` and `.student_entropy` differentiable. The backward pass then
             projects again (6 GEMMs instead of 4). Without any teacher, log-probs and entropy alone.
         vocab_size (`int`, *optional*): Compare the first `vocab_size` entries only.
+        vocab_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes over which the heads' rows are spread, contiguous and in rank order: weights and biases are
+            this process's rows, the same of both models. Everything else is the same on all of them: hidden states,
+            weights of tokens, ids (of the whole vocabulary), settings. So are loss, statistics and the gradient of
+            `student_hidden`, which is that of the whole head (do not sum it over the group again); the gradients of
+            weight and bias are those of this process's rows. All must run the backward pass of `per_token_grad`.
         chunk_bytes (`int`, *optional*): Memory for a chunk's logits; 64 MiB on a CPU, 512 MiB elsewhere.
-        gather (`Callable`, *optional*): Context in which partitioned weights are whole (ZeRO-3), entered in the
-            backward pass of `per_token_grad`; the caller holds it open in the forward pass.
+        gather (`Callable`, *optional*):
+            Context in which partitioned heads are whole, such as ZeRO-3's `GatheredParameters`. Entered in the forward
+            pass, unless they are whole because the caller holds it open, and in the backward pass of `per_token_grad`.
+            ZeRO-3 reduces the head's gradient only if the call is made inside the model's own forward.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"` is the chunked reference, `"liger"` calls liger-kernel for what it computes correctly, `"auto"`
             chooses the fastest that is exact.
@@ -142,94 +127,112 @@ def fused_linear_divergence(
     """
     name, params = resolve_divergence(divergence, divergence_kwargs)
     _check_names(support, tail, backend, support_size, teacher_topk, temperature)
-    n = student_hidden.shape[0]
-    sizes = [student_weight.shape[0]]
-    head = None
-    if teacher_hidden is not None or teacher_weight is not None:
-        head = _check_dense_teacher(n, teacher_hidden, teacher_weight, teacher_topk)
-        head.bias, head.logit_scale, head.softcap = teacher_bias, teacher_logit_scale, teacher_softcap
-        sizes.append(head.weight.shape[0])
-    elif teacher_topk is None and not per_token_grad:
-        raise ValueError(
-            "A teacher is required: pass teacher_hidden and teacher_weight, or teacher_topk. Without one only "
-            "per_token_grad=True (log-probs and entropy) has a meaning."
-        )
-    if vocab_size is not None:
-        sizes.append(vocab_size)
-    size = min(sizes)
+    has_dense_teacher = _check_teacher(teacher_hidden, teacher_weight, teacher_topk, per_token_grad)
     per_row = {"token_weights": token_weights, "mask": mask, "target_ids": target_ids}
     if teacher_topk is not None:
         per_row |= {"teacher_topk ids": teacher_topk[0], "teacher_topk log-probs": teacher_topk[1]}
-    for what, tensor in per_row.items():
-        if tensor is not None and tensor.shape[0] != n:
-            raise ValueError(f"{what} must have one row per token ({n}), got shape {tuple(tensor.shape)}.")
+    _check_rows(student_hidden.shape[0], teacher_hidden, per_row)
 
-    if mask is not None:
-        rows = mask.bool()
-    elif token_weights is not None:
-        rows = token_weights != 0
-    else:
-        rows = torch.ones(n, dtype=torch.bool, device=student_hidden.device)
-    every = mask is None and token_weights is None
+    with gathered(gather, student_weight, student_bias, teacher_weight, teacher_bias):
+        device = student_weight.device
+        weight, bias = whole(student_weight, vocab_group), move(whole(student_bias, vocab_group), device)
+        check_head("student", student_hidden, weight, bias)
+        head = None
+        if has_dense_teacher:
+            assert teacher_hidden is not None and teacher_weight is not None
+            head = frozen_head(teacher_weight, teacher_bias, device, vocab_group)
+            head.logit_scale, head.softcap = teacher_logit_scale, teacher_softcap
+            check_head("teacher", teacher_hidden, head.weight, head.bias)
+        rows = choose_rows(student_hidden.shape[0], mask, token_weights, device)
+        dtype, teacher_dtype = operand_dtypes(student_hidden, weight, teacher_hidden, head)
+        hidden, targets = rows.take(student_hidden), rows.take(target_ids)
+        chunk_bytes = chunk_bytes or (_CPU_CHUNK_BYTES if device.type == "cpu" else _DEVICE_CHUNK_BYTES)
+        in_step = {
+            "The number of rows": hidden.shape[0],
+            "chunk_bytes": chunk_bytes,
+            "requires_grad of student_hidden": hidden.requires_grad,
+            "requires_grad of student_weight": weight.requires_grad,
+        }
+        shard = make_shard(vocab_group, weight, None if head is None else head.weight, vocab_size, in_step)
+        topk = None if teacher_topk is None else (rows.take(teacher_topk[0]), rows.take(teacher_topk[1]))
+        if topk is not None:
+            check_topk(*topk, shard.total)
+        problem = Problem(
+            divergence=name,
+            params=params,
+            teacher_hidden=None if teacher_hidden is None else rows.take(teacher_hidden.detach()),
+            teacher=head,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            temperature=temperature,
+            weights=None if token_weights is None else rows.take(token_weights.detach()),
+            target_ids=None if targets is None else targets.clamp(0, shard.total - 1),
+            support=support,
+            support_size=support_size or 0,
+            tail=tail,
+            topk=topk,
+            overlap_top_k=overlap_top_k if head is not None or teacher_topk is not None else 0,
+            vocab_size=shard.widths[shard.rank],
+            shard=shard,
+            compute_dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            chunk_bytes=chunk_bytes,
+            grad_enabled=torch.is_grad_enabled(),
+            backend=_choose_backend(backend, device, dtype, shard),
+            gather=gather,
+        )
+        return _run(rows, hidden, weight, bias, problem, backend, per_token_grad)
 
-    def take(x: Tensor | None) -> Tensor | None:
-        return x if x is None or every else x[rows]
 
-    device_type = student_hidden.device.type
-    dtype = _operand_dtype(student_hidden, student_weight)
-    teacher_dtype = dtype
-    if teacher_hidden is not None and head is not None and dtype != torch.float64:
-        teacher_dtype = _operand_dtype(teacher_hidden, head.weight)
-        teacher_dtype = torch.float32 if teacher_dtype == torch.float64 else teacher_dtype
-    targets = take(target_ids)
-    problem = Problem(
-        divergence=name,
-        params=params,
-        teacher_hidden=None if teacher_hidden is None else take(teacher_hidden.detach()),
-        teacher=head,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        temperature=temperature,
-        weights=None if token_weights is None else take(token_weights.detach()),
-        target_ids=None if targets is None else targets.clamp(0, size - 1),
-        support=support,
-        support_size=support_size or 0,
-        tail=tail,
-        topk=None if teacher_topk is None else tuple(take(x) for x in teacher_topk),  # type: ignore[arg-type]
-        overlap_top_k=overlap_top_k if head is not None or teacher_topk is not None else 0,
-        vocab_size=size,
-        compute_dtype=dtype,
-        teacher_dtype=teacher_dtype,
-        chunk_bytes=chunk_bytes or (_CPU_CHUNK_BYTES if device_type == "cpu" else _DEVICE_CHUNK_BYTES),
-        grad_enabled=torch.is_grad_enabled(),
-        gather=gather,
-    )
-    hidden = take(student_hidden)
-    assert hidden is not None
+def _run(
+    rows: Rows,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    backend: str,
+    per_token_grad: bool,
+) -> FusedDivergence:
+    """The backend's answer."""
+    stats: Tensor | None = None
+    per_token: dict[str, Tensor] = {}
     if backend == "liger":
         from .liger import liger_divergence
 
-        loss, stats = liger_divergence(hidden, student_weight, student_bias, problem, per_token_grad), None
-        per_token: dict[str, Tensor] = {}
+        loss = liger_divergence(hidden, weight, bias, problem, per_token_grad)
     elif per_token_grad:
-        values = PerToken.apply(hidden, student_weight, student_bias, problem)
+        values = PerToken.apply(hidden, weight, bias, problem)
         per_token = dict(zip(("divergence", "student_logprobs", "student_entropy"), values[:3], strict=True))
         stats = values[3]
         weighted = per_token["divergence"] if problem.weights is None else per_token["divergence"] * problem.weights
         loss = weighted.sum() if problem.has_teacher else per_token["student_entropy"].sum() * 0.0
     else:
-        loss, stats = GradientInForward.apply(hidden, student_weight, student_bias, problem)
-        per_token = {}
-    return _result(loss, stats, per_token, rows, every, problem)
+        loss, stats = GradientInForward.apply(hidden, weight, bias, problem)
+    return make_result(loss, stats, per_token, rows, problem)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which hidden states meet the head: autocast's, or the wider of the two."""
-    if hidden.dtype == torch.float64:
-        return torch.float64
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+def _choose_backend(backend: str, device: torch.device, dtype: torch.dtype, shard: VocabShard) -> str:
+    """Whether Triton or PyTorch does the arithmetic of the rows."""
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        reason = why_not_triton(device, dtype, shard.group)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend='triton' cannot be used: {reason}. Use backend='auto' or 'torch'.")
+    return "torch"
+
+
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype = torch.float32, vocab_group: dist.ProcessGroup | None = None
+) -> str | None:
+    """Why `backend="triton"` cannot serve operands of this kind; `None` if it can."""
+    if vocab_group is not None:
+        return "with vocab_group, row sums travel between processes in the middle of its passes"
+    try:
+        from .triton_backend import unusable
+    except ImportError as error:  # no wheel for this system, or the files are gone
+        return f"it cannot be imported ({error})"
+    return unusable(device, logit_dtype(dtype))
 
 
 def _check_names(
@@ -249,7 +252,7 @@ def _check_names(
         raise ValueError(f"backend must be a known name, got {backend!r}.{nearest_name(backend, list(BACKENDS))}")
     if support != "full" and teacher_topk is None and (support_size is None or support_size < 1):
         raise ValueError(f"support_size must be at least 1 for support={support!r}, got {support_size!r}.")
-    size = teacher_topk[0].shape[1] if teacher_topk is not None else support_size
+    size = teacher_topk[0].shape[-1] if teacher_topk is not None else support_size
     restricted = teacher_topk is not None or support != "full"
     if restricted and tail == "renormalize" and size == 1 and support != "union_top_k":
         raise ValueError(
@@ -260,48 +263,33 @@ def _check_names(
         raise ValueError(f"temperature must be above 0, got {temperature!r}. It divides the logits.")
 
 
-def _check_dense_teacher(
-    n: int,
+def _check_teacher(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_topk: tuple[Tensor, Tensor] | None,
-) -> Head:
+    per_token_grad: bool,
+) -> bool:
+    """Whether there is a dense teacher."""
+    if teacher_hidden is None and teacher_weight is None:
+        if teacher_topk is None and not per_token_grad:
+            raise ValueError(
+                "A teacher is required: pass teacher_hidden and teacher_weight, or teacher_topk. Without one only "
+                "per_token_grad=True (log-probs and entropy) has a meaning."
+            )
+        return False
     if teacher_hidden is None or teacher_weight is None:
         raise ValueError("teacher_hidden and teacher_weight go together: pass both, or teacher_topk.")
     if teacher_topk is not None:
         raise ValueError("teacher_topk replaces teacher_hidden and teacher_weight: pass the one or the others.")
-    if teacher_hidden.shape[0] != n:
+    return True
+
+
+def _check_rows(n: int, teacher_hidden: Tensor | None, per_row: Mapping[str, Tensor | None]) -> None:
+    if teacher_hidden is not None and teacher_hidden.shape[0] != n:
         raise ValueError(
             f"teacher_hidden must have one row per student row ({n}), got {teacher_hidden.shape[0]}. The two models "
             "must be compared at the same positions."
         )
-    return Head(teacher_weight.detach())
-
-
-def _result(
-    loss: Tensor, stats: Tensor | None, per_token: dict[str, Tensor], rows: Tensor, every: bool, problem: Problem
-) -> FusedDivergence:
-    missing = set(STATS) if stats is None else set()
-    if problem.target_ids is None:
-        missing |= {"student_logprobs", "teacher_logprobs"}
-    if problem.teacher is None:
-        missing.add("teacher_logprobs")
-    if not problem.overlap_top_k:
-        missing.add("overlap")
-    if not problem.has_teacher:
-        missing |= {"forward_kl", "reverse_kl", "teacher_entropy"}
-
-    def spread(name: str, value: Tensor) -> Tensor | None:
-        if name in missing:
-            return None
-        if every:
-            return value
-        return value.new_zeros(rows.shape).masked_scatter(rows, value)
-
-    if not problem.has_teacher:
-        missing.add("divergence")
-
-    values: dict[str, Tensor | None] = dict.fromkeys(STATS)
-    if stats is not None:
-        values = {name: spread(name, per_token.get(name, stats[i])) for i, name in enumerate(STATS)}
-    return FusedDivergence(loss=loss, rows=rows, **values)
+    for what, tensor in per_row.items():
+        if tensor is not None and tensor.shape[0] != n:
+            raise ValueError(f"{what} must have one row per token ({n}), got shape {tuple(tensor.shape)}.")

@@ -11,7 +11,7 @@ even for a frozen head, so it is a cross-check rather than a speed-up.
 import torch
 from torch import Tensor
 
-from .fused import Problem
+from .problem import Problem
 
 _BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
@@ -26,6 +26,8 @@ def _check(hidden: Tensor, weight: Tensor, problem: Problem, per_token_grad: boo
         raise _refuse(problem.divergence, "Liger has forward KL, reverse KL and the generalized JSD only.")
     if problem.teacher is None or problem.support != "full":
         raise _refuse("a top-k support", "Liger compares whole vocabularies.")
+    if problem.shard.group is not None:
+        raise _refuse("heads that are spread over processes", "Liger takes whole heads.")
     if per_token_grad:
         raise _refuse("differentiable per-token values", "Liger returns a scalar.")
     if problem.teacher.weight.shape[0] != weight.shape[0]:
@@ -63,7 +65,7 @@ def liger_divergence(
         hidden,
         weight,
         problem.teacher_hidden.to(problem.compute_dtype),
-        problem.teacher.weight.to(problem.compute_dtype),
+        problem.teacher.weight.detach().to(problem.compute_dtype),
         labels,
         bias,
         problem.teacher.bias,

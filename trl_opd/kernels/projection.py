@@ -6,9 +6,12 @@ Shapes: N rows (tokens), H hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+
+_PRODUCT_BYTES = 64 << 20  # of a product that has to be formed before it is added
 
 
 @dataclass
@@ -25,6 +28,32 @@ def logit_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
+def has_mixed_products(device: torch.device) -> bool:
+    """Whether half operands can be multiplied into an fp32 result there; elsewhere they are widened first."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def _adds_mixed_products(device: torch.device) -> bool:
+    """Whether such a product can be added to an fp32 matrix: some releases want it in the operands' dtype."""
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _add_mixed_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` in fp32 from half operands."""
+    if _adds_mixed_products(total.device):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    rows = max(1, _PRODUCT_BYTES // (total.shape[1] * total.element_size()))
+    for i in range(0, total.shape[0], rows):
+        total[i : i + rows] += torch.mm(a[i : i + rows], b, out_dtype=total.dtype)
+
+
 class Projector:
     """`h Wᵀ` and its two adjoints with fp32 results, from operands of the compute dtype."""
 
@@ -33,24 +62,26 @@ class Projector:
         self.out_dtype = logit_dtype(compute_dtype)
         self.compute_dtype = compute_dtype
         weight = weight.detach().to(compute_dtype)
-        # cuBLAS multiplies half operands into an fp32 result; elsewhere the rounded operands are widened first
-        self.native = self.low_precision and weight.is_cuda
+        self.native = self.low_precision and has_mixed_products(weight.device)
         self.weight = weight if self.native or not self.low_precision else weight.float()
         self.bias = None if bias is None else bias.detach().to(self.out_dtype)
-        # fp16 gradients of a token mean underflow
-        self.grad_weight = weight.float() if self.native and compute_dtype == torch.float16 else self.weight
-        self.native_grad = self.native and compute_dtype == torch.bfloat16
+        # Dtype in which logit gradients are multiplied; in fp16 those of a token mean would underflow
+        self.grad_dtype = torch.bfloat16 if self.native and compute_dtype == torch.bfloat16 else self.out_dtype
+
+    @cached_property
+    def grad_weight(self) -> Tensor:
+        return self.weight.to(self.grad_dtype)
 
     def operand(self, hidden: Tensor) -> Tensor:
         hidden = hidden.detach().to(self.compute_dtype)
         return hidden if self.native or not self.low_precision else hidden.float()
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor, add_bias: bool = True) -> Tensor:
         if self.native:
             torch.mm(self.operand(hidden), self.weight.t(), out_dtype=torch.float32, out=out)
         else:
             torch.mm(self.operand(hidden), self.weight.t(), out=out)
-        if self.bias is not None:
+        if add_bias and self.bias is not None:
             out += self.bias
         return out
 
@@ -62,17 +93,14 @@ class Projector:
         grad_hidden: Tensor | None,
         grad_weight: Tensor | None,
     ) -> None:
-        """`grad` (n, V) before the row weights; adds to `grad_weight` and writes `grad_hidden` in fp32."""
-        operand = self.operand(hidden)
-        if self.native:
-            # The cast has to read the gradient anyway, so the weights are multiplied there
-            dtype = torch.bfloat16 if self.native_grad else torch.float32
-            out = torch.empty_like(grad, dtype=dtype)
-            grad = out.copy_(grad) if weights is None else torch.mul(grad, weights[:, None], out=out)
-            operand, weights = operand.to(dtype), None
+        """
+        From the logits' gradient (n, V) in `grad_dtype`, before the row `weights` (n,) if there are any: writes
+        `grad_hidden` and adds to `grad_weight`, both fp32.
+        """
+        operand = self.operand(hidden).to(self.grad_dtype)
         if grad_hidden is not None:
-            if self.native_grad:
-                torch.mm(grad, self.grad_weight, out_dtype=torch.float32, out=grad_hidden)
+            if grad.dtype != grad_hidden.dtype:
+                torch.mm(grad, self.grad_weight, out_dtype=grad_hidden.dtype, out=grad_hidden)
             else:
                 torch.mm(grad, self.grad_weight, out=grad_hidden)
             if weights is not None:
@@ -80,8 +108,8 @@ class Projector:
         if grad_weight is not None:
             if weights is not None:
                 operand = operand * weights[:, None]
-            if self.native_grad:
-                torch.addmm(grad_weight, grad.t(), operand, out_dtype=torch.float32, out=grad_weight)
+            if grad.dtype != grad_weight.dtype:
+                _add_mixed_product(grad_weight, grad.t(), operand)
             else:
                 grad_weight.addmm_(grad.t(), operand)
 

@@ -7,16 +7,21 @@ Over a full vocabulary (Σ s = 1) a multiple of s added to `a` changes nothing, 
 cancels best. Values are written with `expm1`, so that they stay accurate, and never negative, when the two
 distributions almost agree. The definitions these are tested against are in `trl_opd.losses`.
 
+V is what this process holds of the vocabulary: every row sum goes through `shard.sum`, which makes it whole (and on
+one process returns it). Row sums that belong together go through it together.
+
 Shapes: n rows, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..losses import adaptive_kl_weight
+from .vocab_parallel import VocabShard
 
 # Beyond this log-ratio one of the two probabilities is zero to working precision
 _MAX_LOG_RATIO = 50.0
@@ -35,6 +40,7 @@ class Rows(NamedTuple):
     mean_gap: Tensor  # (n,), Σ s·gap: the reverse KL with the rounding of `gap`, so that it centres its gradient
     forward_kl: Tensor  # (n,)
     reverse_kl: Tensor  # (n,)
+    shard: VocabShard
 
 
 class Gradient(NamedTuple):
@@ -56,9 +62,31 @@ class Normalized(NamedTuple):
     logprobs: Tensor  # (n, V)
     probs: Tensor  # (n, V)
 
+    @property
+    def logsumexp(self) -> Tensor:
+        """`(n,)`"""
+        return (self.maximum - self.max_logprob).squeeze(-1)
 
-def normalize(logits: Tensor) -> Normalized:
-    """Normalise `(n, V)` logits; in place, a logit of `-inf` becomes a finite one whose probability is zero."""
+
+def normalize(shard: VocabShard, *logits: Tensor) -> list[Normalized]:
+    """
+    Normalise `(n, V)` logits of one or more models; in place, a logit of `-inf` becomes a finite one whose probability
+    is zero.
+    """
+    if shard.group is None:
+        return [_normalize(x) for x in logits]
+    for x in logits:
+        x.fill_(-1e30) if shard.empty else x.clamp_(min=-1e30)
+    maxima = shard.max(*(x.amax(dim=-1, keepdim=True) for x in logits))
+    weights = [torch.exp(x - maximum) for x, maximum in zip(logits, maxima, strict=True)]
+    totals = shard.sum(*(weight.sum(dim=-1, keepdim=True) for weight in weights))
+    return [
+        Normalized(x, maximum, -total.log(), (x - maximum).sub_(total.log()), weight.div_(total))
+        for x, maximum, weight, total in zip(logits, maxima, weights, totals, strict=True)
+    ]
+
+
+def _normalize(logits: Tensor) -> Normalized:
     logits.clamp_(min=-1e30)
     probs = torch.softmax(logits, dim=-1)
     maximum = logits.amax(dim=-1, keepdim=True)
@@ -79,38 +107,39 @@ def kl_terms(p: Tensor, q: Tensor, log_q_over_p: Tensor) -> Tensor:
 
 
 def _small_kls(s: Tensor, t: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL without cancellation, sharing one `expm1`."""
+    """Forward and reverse KL without cancellation, sharing one `expm1`. Near 1e-13 the first may round below 0."""
     if gap.is_cuda or bool(gap.amin() < -_MAX_LOG_RATIO):
         return kl_terms(t, s, gap).sum(-1), kl_terms(s, t, -gap).sum(-1)
     x = torch.expm1(-gap)  # t/s - 1
-    forward = torch.addcmul(s * x, t, gap).sum(-1).neg_().clamp_(min=0)  # near 1e-13 it may round below 0
+    forward = torch.addcmul(s * x, t, gap).sum(-1).neg_()
     return forward, row_dot(s, x.add_(gap))
 
 
-def _kls(s: Tensor, t: Tensor, gap: Tensor, mean_gap: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL, `(n,)` each."""
-    forward, reverse = -row_dot(t, gap), mean_gap
+def _kls(s: Tensor, t: Tensor, gap: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean gap, forward and reverse KL, `(n,)` each."""
+    reverse, forward = shard.sum(row_dot(s, gap), -row_dot(t, gap))
+    mean_gap = reverse
     small = torch.minimum(forward, reverse) < _SMALL_KL
     if not gap.is_cuda:  # where looking costs nothing, take the second look at the rows that need it only
         rows = small.nonzero().squeeze(-1)
         if rows.numel() == 0:
-            return forward, reverse
+            return mean_gap, forward, reverse
         if rows.numel() < small.numel():
-            few = _small_kls(s[rows], t[rows], gap[rows])
-            return forward.index_copy(0, rows, few[0]), reverse.index_copy(0, rows, few[1])
-    precise = _small_kls(s, t, gap)
-    return torch.where(small, precise[0], forward), torch.where(small, precise[1], reverse)
+            few = shard.sum(*_small_kls(s[rows], t[rows], gap[rows]))
+            forward, reverse = forward.index_copy(0, rows, few[0].clamp_(min=0)), reverse.index_copy(0, rows, few[1])
+            return mean_gap, forward, reverse
+    precise = shard.sum(*_small_kls(s, t, gap))
+    return mean_gap, torch.where(small, precise[0].clamp_(min=0), forward), torch.where(small, precise[1], reverse)
 
 
-def make_rows(student: Normalized, teacher: Normalized) -> Rows:
+def make_rows(student: Normalized, teacher: Normalized, shard: VocabShard) -> Rows:
     """All that the cores share."""
     # Differences of logits are exact where the models agree, differences of rounded log-probs are not. What is left is
     # the rounding of one number a row, which cancels from values and gradients.
     shift = (student.maximum - teacher.maximum) - (student.max_logprob - teacher.max_logprob)
     gap = (student.logits - teacher.logits).sub_(shift)
-    mean_gap = row_dot(student.probs, gap)
-    kls = _kls(student.probs, teacher.probs, gap, mean_gap)
-    return Rows(student.logprobs, teacher.logprobs, student.probs, teacher.probs, gap, mean_gap, *kls)
+    kls = _kls(student.probs, teacher.probs, gap, shard)
+    return Rows(student.logprobs, teacher.logprobs, student.probs, teacher.probs, gap, *kls, shard)
 
 
 def _forward_kl(r: Rows) -> tuple[Tensor, Gradient]:
@@ -130,72 +159,77 @@ def _log_mixture_ratio(r: Rows, teacher_weight: float) -> tuple[Tensor, Tensor]:
 def _generalized_jsd(r: Rows, beta: float) -> tuple[Tensor, Gradient]:
     d, u = _log_mixture_ratio(r, beta)
     a = (r.student_probs * u).mul_(beta - 1)
-    total = a.sum(-1)
     # β t (log t − log m) + (1 − β) s (log s − log m), whose terms are each ≥ 0
-    return torch.addcmul(a, r.teacher_probs, d.sub_(u), value=beta).sum(-1).clamp_(min=0), Gradient(a, total)
+    terms = torch.addcmul(a, r.teacher_probs, d.sub_(u), value=beta)
+    value, total = r.shard.sum(terms.sum(-1), a.sum(-1))
+    return value.clamp_(min=0), Gradient(a, total)
 
 
 def _skew_forward_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
     d, u = _log_mixture_ratio(r, skew)
     mixture = torch.lerp(r.student_probs, r.teacher_probs, skew)
-    value = kl_terms(r.teacher_probs, mixture, u - d).sum(-1)
-    a = r.teacher_probs * u.neg().exp_().mul_(skew - 1)
-    return value, Gradient(a, a.sum(-1))
+    terms = kl_terms(r.teacher_probs, mixture, u - d)
+    a = r.student_probs * d.sub_(u).expm1_().mul_(skew - 1)
+    value, total = r.shard.sum(terms.sum(-1), a.sum(-1))
+    return value, Gradient(a, total)
 
 
 def _skew_reverse_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
-    _, u = _log_mixture_ratio(r, 1 - skew)
+    d, u = _log_mixture_ratio(r, 1 - skew)
     mixture = torch.lerp(r.teacher_probs, r.student_probs, skew)
-    value = kl_terms(r.student_probs, mixture, u).sum(-1)
-    a = r.teacher_probs * u.neg().exp_().mul_(1 - skew) - r.student_probs * u
-    return value, Gradient(a, a.sum(-1))
+    terms = kl_terms(r.student_probs, mixture, u)
+    a = r.student_probs * d.sub_(u).expm1_().mul_(1 - skew).sub_(u)
+    value, total = r.shard.sum(terms.sum(-1), a.sum(-1))
+    return value, Gradient(a, total)
 
 
 def _total_variation(r: Rows) -> tuple[Tensor, Gradient]:
     difference = r.student_probs - r.teacher_probs
     a = r.student_probs * difference.sign().mul_(0.5)
-    return difference.abs_().sum(-1).mul_(0.5), Gradient(a, a.sum(-1))
+    value, total = r.shard.sum(difference.abs_().sum(-1).mul_(0.5), a.sum(-1))
+    return value, Gradient(a, total + 0 * value)  # the sign of a NaN is 0: the value brings it in
 
 
 def _alpha_divergence(r: Rows, alpha: float) -> tuple[Tensor, Gradient]:
     s, t, d = r.student_probs, r.teacher_probs, -r.gap
     cross = (alpha * r.teacher_logprobs + (1 - alpha) * r.student_logprobs).exp_()
-    near = d.clamp(-1.0, 1.0)
-    terms = torch.where(
-        d.abs() <= 1.0,
-        s * (alpha * torch.expm1(near) - torch.expm1(alpha * near)),
-        alpha * t + (1 - alpha) * s - cross,
-    )
-    a = (s - cross).div_(alpha)
-    return terms.sum(-1).div_(alpha * (1 - alpha)), Gradient(a, a.sum(-1))
+    near, is_near = d.clamp(-1.0, 1.0), d.abs() <= 1.0
+    x = torch.expm1(alpha * near)
+    terms = torch.where(is_near, s * (alpha * torch.expm1(near) - x), alpha * t + (1 - alpha) * s - cross)
+    a = torch.where(is_near, -s * x, s - cross).div_(alpha)
+    value, total = r.shard.sum(terms.sum(-1), a.sum(-1))
+    return value.div_(alpha * (1 - alpha)), Gradient(a, total)
 
 
 def _alpha_beta_divergence(r: Rows, alpha: float, beta: float) -> tuple[Tensor, Gradient]:
     total, d = alpha + beta, -r.gap
     cross = (alpha * r.teacher_logprobs + beta * r.student_logprobs).exp_()
     student_power = (total * r.student_logprobs).exp_()
-    near = d.clamp(-1.0, 1.0)
+    near, is_near = d.clamp(-1.0, 1.0), d.abs() <= 1.0
+    x = torch.expm1(alpha * near)
     terms = torch.where(
-        d.abs() <= 1.0,
-        student_power * (torch.expm1(alpha * near) - (alpha / total) * torch.expm1(total * near)),
+        is_near,
+        student_power * (x - (alpha / total) * torch.expm1(total * near)),
         cross - (alpha / total) * (total * r.teacher_logprobs).exp() - (beta / total) * student_power,
     )
-    a = (student_power - cross).div_(alpha)
-    return terms.sum(-1).div_(-alpha * beta), Gradient(a, a.sum(-1))
+    a = torch.where(is_near, -student_power * x, student_power - cross).div_(alpha)
+    value, sum_a = r.shard.sum(terms.sum(-1), a.sum(-1))
+    return value.div_(-alpha * beta), Gradient(a, sum_a)
 
 
 def _todi(r: Rows, scale: float) -> tuple[Tensor, Gradient]:
     weight = torch.sigmoid(-scale * r.gap)
     forward, reverse = weight * r.teacher_probs, (1 - weight) * r.student_probs
     difference = reverse - forward
-    value = row_dot(difference, r.gap)
+    part = row_dot(difference, r.gap)
     # -w t + (1 - w) s (log s - log t + 1)
     a = difference.addcmul_(reverse, r.gap)
-    return value, Gradient(a, a.sum(-1))
+    value, total = r.shard.sum(part, a.sum(-1))
+    return value, Gradient(a, total)
 
 
 def _adaptive_kl(r: Rows, head_mass: float) -> tuple[Tensor, Gradient]:
-    weight = adaptive_kl_weight(r.student_probs, r.teacher_probs, head_mass)
+    weight = r.shard.by_rows(partial(adaptive_kl_weight, head_mass=head_mass), r.student_probs, r.teacher_probs)
     rest = 1 - weight
     forward = (r.student_probs - r.teacher_probs).mul_(weight[:, None])
     reverse = r.student_probs * (r.gap - r.mean_gap[:, None]).mul_(rest[:, None])

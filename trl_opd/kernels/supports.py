@@ -7,8 +7,12 @@ A support K is a set of ids a row. Its tail is one of
 - `renormalize`: both are renormalised on K; entries outside K get no gradient;
 - `none`: the raw partial sum over K (reverse KL then pushes mass out of K, I8c; forward KL does not, I8d).
 
-The small `(n, K + 1)` problem is solved by autograd through `trl_opd.losses` in float64.
-Shapes: n rows, V vocabulary, K support. Ids below 0 are padding.
+A row whose support holds no entry (an intersection may be empty, a teacher's list may be all padding) has value 0 and
+gradient exactly 0 with every tail.
+
+The small `(n, K + 1)` problem is solved by autograd through `trl_opd.losses` in float64; where the vocabulary is
+spread over processes, by each of them alike.
+Shapes: n rows, V what this process holds of the vocabulary, K support. Ids are global; those below 0 are padding.
 """
 
 import math
@@ -18,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ..losses import DIVERGENCES, forward_kl, reverse_kl
+from .rows import Normalized
+from .vocab_parallel import VocabShard
 
-SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k", "sampled")
+SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled")
 TAILS = ("bucket", "renormalize", "none")
 
 
@@ -43,36 +49,116 @@ class SupportResult(NamedTuple):
     teacher_entropy: Tensor  # (n,)
 
 
-def select_ids(student_logprobs: Tensor, teacher_logprobs: Tensor, support: str, size: int) -> Tensor:
-    """Ids of the support, `(n, K)` (K = `size`, or twice that with padding for the union), from dense log-probs."""
-    size = min(size, student_logprobs.shape[-1])
-    if support == "student_top_k":
-        return student_logprobs.topk(size, dim=-1).indices
-    teacher_ids = teacher_logprobs.topk(size, dim=-1).indices
-    if support == "teacher_top_k":
-        return teacher_ids
-    student_ids = student_logprobs.topk(size, dim=-1).indices
-    known = (student_ids.unsqueeze(2) == teacher_ids.unsqueeze(1)).any(-1)
-    return torch.cat([teacher_ids, student_ids.masked_fill(known, -1)], dim=-1)
+def check_topk(ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
+    """Refuse a sparse teacher that is not `(n, K)` ids and log-probs, or that names an entry twice in a row."""
+    if ids.dim() != 2 or ids.shape != logprobs.shape or ids.shape[1] == 0 or ids.dtype.is_floating_point:
+        raise ValueError(
+            "teacher_topk must be whole-numbered ids (N, K) and log-probs (N, K), K at least 1, got "
+            f"{tuple(ids.shape)} of {ids.dtype} and {tuple(logprobs.shape)}."
+        )
+    repeated = repeated_id(ids, vocab_size)
+    if repeated is not None:
+        raise ValueError(
+            f"teacher_topk ids of a row must be distinct, got one with {repeated} twice. Its probability would count "
+            "twice. Pad short rows with ids below 0."
+        )
 
 
-def gather_logprobs(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """Log-probs `(n, K)` at `ids`, `-inf` at padding."""
-    return logprobs.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
+def repeated_id(ids: Tensor, vocab_size: int | None) -> int | None:
+    """An entry of the vocabulary that a row `(..., K)` names twice, or `None`."""
+    ordered = ids.sort(dim=-1).values
+    ordered, before = ordered[..., 1:], ordered[..., :-1]
+    twice = (ordered == before) & (ordered >= 0)
+    if vocab_size is not None:
+        twice &= ordered < vocab_size
+    return int(ordered[twice][0]) if bool(twice.any()) else None
 
 
-def rest_mass(probs: Tensor, ids: Tensor) -> Tensor:
-    """Probability outside `ids`, summed entry by entry: 1 − Σ would lose it to rounding."""
-    return scatter_valid(probs.clone(), ids, torch.zeros_like(ids, dtype=probs.dtype)).sum(-1)
+def select_ids(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, support: str, size: int, shard: VocabShard
+) -> Tensor:
+    """
+    Ids of the support from dense log-probs, `(n, K)`: K = `size`, or twice that with padding for the union; the
+    intersection is padded too.
+    """
+    size = min(size, shard.total)
+    if support in ("student_top_k", "teacher_top_k"):
+        return shard.top_k(student_logprobs if support == "student_top_k" else teacher_logprobs, k=size)[0][1]
+    (_, student_ids), (_, teacher_ids) = shard.top_k(student_logprobs, teacher_logprobs, k=size)
+    ordered = teacher_ids.sort(dim=-1).values
+    place = torch.searchsorted(ordered, student_ids).clamp_(max=size - 1)
+    common = ordered.gather(-1, place) == student_ids
+    if support == "intersection_top_k":
+        return student_ids.masked_fill(~common, -1)
+    return torch.cat([teacher_ids, student_ids.masked_fill(common, -1)], dim=-1)
 
 
-def scatter_valid(target: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-    """Write `values` at `ids` of each row in place, leaving padding out (it repeats the row's first real entry)."""
+def dense_support(student: Normalized, teacher: Normalized, ids: Tensor, shard: VocabShard, complete: bool) -> Support:
+    """The support `ids` of two dense distributions."""
+    student_logprobs, teacher_logprobs, student_rest, teacher_rest = shard.sum(
+        shard.at(student.logprobs, ids),
+        shard.at(teacher.logprobs, ids),
+        *rest_mass(shard.local(ids), student.probs, teacher.probs),
+    )
     padding = ids < 0
-    first = padding.long().argmin(-1, keepdim=True)
-    ids = torch.where(padding, ids.gather(-1, first), ids)
-    values = torch.where(padding, values.gather(-1, first), values)
-    return target.scatter_(-1, ids, values)
+    student_logprobs, teacher_logprobs = (
+        x.masked_fill(padding, -math.inf) for x in (student_logprobs, teacher_logprobs)
+    )
+    return Support(ids, student_logprobs, teacher_logprobs, student_rest, teacher_rest, complete)
+
+
+def sparse_support(student: Normalized, ids: Tensor, teacher_logprobs: Tensor, shard: VocabShard) -> Support:
+    """The support `ids` of a dense student and a teacher of which it is all that is known."""
+    ids = ids.masked_fill(ids >= shard.total, -1)  # an entry that the student lacks is part of the rest
+    logprobs, rest = shard.sum(shard.at(student.logprobs, ids), *rest_mass(shard.local(ids), student.probs))
+    return known_teacher(ids, logprobs, rest, teacher_logprobs, shard.total)
+
+
+def known_teacher(
+    ids: Tensor, student_logprobs: Tensor, student_rest: Tensor, teacher_logprobs: Tensor, vocab_size: int
+) -> Support:
+    """The support `ids` (n, K) of a teacher of which it is all that is known."""
+    padding = ids < 0
+    teacher_logprobs = teacher_logprobs.to(student_logprobs.dtype).masked_fill(padding, -math.inf)
+    # The teacher's rest is a difference of rounded numbers: below their resolution it is unknown, but not zero
+    limits = torch.finfo(student_logprobs.dtype)
+    return Support(
+        ids,
+        student_logprobs.masked_fill(padding, -math.inf),
+        teacher_logprobs,
+        student_rest.clamp(min=limits.tiny),
+        (1 - teacher_logprobs.exp().sum(-1)).clamp(min=limits.eps),
+        complete=ids.shape[1] >= vocab_size and not bool(padding.any()),
+    )
+
+
+def rest_mass(columns: Tensor, *probs: Tensor) -> list[Tensor]:
+    """
+    Probability outside `columns` in each of `probs`, summed entry by entry: 1 − Σ would lose it to rounding. Columns
+    below 0 are padding.
+    """
+    real = columns.amax(-1, keepdim=True)
+    index = torch.where(columns < 0, real.clamp(min=0), columns)
+    rests = []
+    for p in probs:
+        kept = p.gather(-1, index)
+        rest = p.scatter_(-1, index, 0.0).sum(-1)
+        p.scatter_(-1, index, kept)  # cheaper than a copy of the rows
+        rests.append(rest + torch.where(real[:, 0] < 0, kept[:, 0], 0.0))  # all padding took the first column out
+    return rests
+
+
+def scatter_valid(target: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """
+    Write `values` at `columns` of each row in place, leaving padding out.
+
+    Padding repeats the row's largest entry; where there is none it writes back what stands in the first column.
+    """
+    column, place = columns.max(-1, keepdim=True)
+    value = torch.where(column < 0, target[:, :1], values.gather(-1, place))
+    padding = columns < 0
+    index = torch.where(padding, column.clamp(min=0), columns)
+    return target.scatter_(-1, index, torch.where(padding, value, values))
 
 
 def _double(x: Tensor) -> Tensor:
@@ -94,8 +180,9 @@ def support_divergence(support: Support, divergence: str, params: dict[str, floa
         tail (`str`): `"bucket"`, `"renormalize"` or `"none"`.
 
     Returns:
-        [`SupportResult`] in float64 (float32 on MPS).
+        [`SupportResult`] in float64 (float32 on MPS). Value and gradient of a row without entries are 0.
     """
+    nothing = (support.ids < 0).all(-1)
     student, teacher = _double(support.student_logprobs), _double(support.teacher_logprobs)
     student_rest, teacher_rest = _double(support.student_rest), _double(support.teacher_rest)
     if support.complete:
@@ -129,10 +216,18 @@ def support_divergence(support: Support, divergence: str, params: dict[str, floa
     teacher_probs = teacher_all.exp()
     entropy = -(teacher_probs * teacher_all.clamp(min=-1e30)).sum(-1)
     return SupportResult(
-        value.detach(),
+        value.detach().masked_fill(nothing, 0.0),
         on_support,
-        outside,
+        outside.masked_fill(nothing, 0.0),
         forward_kl(student_all, teacher_all),
         reverse_kl(student_all, teacher_all),
         entropy,
     )
+
+
+def overlap_share(student_top: Tensor, at_teacher_ids: Tensor) -> Tensor:
+    """
+    Share of the teacher's top K that are in the student's, from the student's largest log-probs (n, K) and those at
+    the teacher's entries (n, K), `-inf` at padding.
+    """
+    return (at_teacher_ids >= student_top[:, -1:]).to(student_top.dtype).mean(-1)

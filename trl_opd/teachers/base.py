@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collators import TeacherBatch, TeacherScores
+from ..kernels.supports import repeated_id
 
 if TYPE_CHECKING:
     pass
@@ -143,6 +144,12 @@ def _check_values(name: str, key: str, value: Tensor, vocab_size: int | None) ->
                 f"Teacher {name!r} returned topk_ids (up to {int(value.max())}) of which some token has none in the "
                 f"student's vocabulary of {vocab_size}. There is nothing to compare. Use a teacher of the same "
                 "tokenizer, and pad with ids below 0 beside at least one real id."
+            )
+        repeated = repeated_id(value, vocab_size)
+        if repeated is not None:
+            raise TeacherScoreError(
+                f"Teacher {name!r} returned topk_ids with {repeated} twice for one token. Its probability would count "
+                "twice. Return each id once, and pad with ids below 0."
             )
     elif bool(((value > 1e-2) & torch.isfinite(value)).any()):  # `find_bad_score` names the sample of an infinity
         raise TeacherScoreError(

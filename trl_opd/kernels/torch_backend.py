@@ -1,0 +1,168 @@
+# Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+A chunk of rows in PyTorch: statistics, and the gradient in the logits' place, a block of rows at a time.
+
+Shapes: n rows of the chunk, V vocabulary, K support.
+"""
+
+import torch
+from torch import Tensor
+
+from .problem import STATS, Problem, Upstream
+from .projection import shape_logits
+from .rows import CORES, Normalized, logit_gradient, make_rows, normalize, row_dot
+from .supports import (
+    Support,
+    dense_support,
+    overlap_share,
+    scatter_valid,
+    select_ids,
+    sparse_support,
+    support_divergence,
+)
+
+_CPU_BLOCK_BYTES = 1 << 20  # elementwise work on the CPU goes by blocks of rows that stay in the cache
+
+
+class TorchRows:
+    """
+    The rows of a problem.
+
+    Args:
+        problem ([`Problem`]): The call.
+        stats (`torch.Tensor`): `(len(STATS), N)`, written row by row.
+    """
+
+    def __init__(self, problem: Problem, stats: Tensor):
+        self.p, self.stats, self.dtype = problem, stats, stats.dtype
+
+    def run(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        gradient: Tensor | None,
+        sl: slice,
+        upstream: Upstream | None,
+    ) -> Tensor | None:
+        """
+        Statistics of the rows `sl` from their logits `(n, V)`, which are overwritten; if asked for, their gradient.
+
+        Returns the weights of the rows where `gradient` still lacks them.
+        """
+        block = self._block_rows(logits)
+        for i in range(0, logits.shape[0], block):
+            rows = slice(i, min(i + block, logits.shape[0]))
+            self._block(
+                logits[rows],
+                None if teacher_logits is None else teacher_logits[rows],
+                slice(sl.start + rows.start, sl.start + rows.stop),
+                gradient is not None,
+                upstream,
+            )
+        weights = None if upstream is not None or self.p.weights is None else self.p.weights[sl].to(self.dtype)
+        if gradient is None or gradient is logits:
+            return weights
+        # The cast has to read the gradient anyway, so the weights are multiplied there
+        torch.mul(logits, 1.0 if weights is None else weights[:, None], out=gradient)
+        return None
+
+    def _block_rows(self, logits: Tensor) -> int:
+        if logits.device.type != "cpu" or self.p.shard.group is not None:  # many blocks would be many collectives
+            return logits.shape[0]
+        return max(1, _CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
+
+    def _block(
+        self, logits: Tensor, teacher_logits: Tensor | None, sl: slice, need_grad: bool, upstream: Upstream | None
+    ) -> None:
+        """Statistics of the rows `sl`; the gradient of their divergence (or of `upstream`) overwrites `logits`."""
+        p = self.p
+        slope = shape_logits(logits, p.student_logit_scale, p.student_softcap, p.temperature)
+        if teacher_logits is not None:
+            assert p.teacher is not None
+            shape_logits(teacher_logits, p.teacher.logit_scale, p.teacher.softcap, p.temperature)
+            student, teacher = normalize(p.shard, logits, teacher_logits)
+            self._dense(student, teacher, sl, logits)
+        else:
+            (student,) = normalize(p.shard, logits)
+            if p.topk is not None:
+                self._sparse(student, sl, logits)
+        logprobs, probs = student.logprobs, student.probs
+        entropy = -row_dot(probs, logprobs)
+        self._set("student_entropy", sl, entropy)
+        self._set("student_logsumexp", sl, student.logsumexp)
+        if p.target_ids is not None:
+            self._set("student_logprobs", sl, p.shard.at(logprobs, p.target_ids[sl, None]).squeeze(-1))
+        if not need_grad:
+            return
+        if upstream is not None:
+            self._apply_upstream(logits, probs, logprobs, entropy, sl, upstream)
+        if slope is not None:
+            logits *= slope
+        elif p.student_logit_scale != p.temperature:
+            logits *= p.student_logit_scale / p.temperature
+
+    def _dense(self, student: Normalized, teacher: Normalized, sl: slice, grad: Tensor) -> None:
+        p = self.p
+        rows = make_rows(student, teacher, p.shard)
+        self._set("forward_kl", sl, rows.forward_kl)
+        self._set("reverse_kl", sl, rows.reverse_kl)
+        self._set("teacher_entropy", sl, -row_dot(rows.teacher_probs, rows.teacher_logprobs))
+        self._set("teacher_logsumexp", sl, teacher.logsumexp)
+        if p.target_ids is not None:
+            self._set("teacher_logprobs", sl, p.shard.at(rows.teacher_logprobs, p.target_ids[sl, None]).squeeze(-1))
+        if p.overlap_top_k:
+            k = min(p.overlap_top_k, p.shard.total)
+            (values, _), (_, ids) = p.shard.top_k(student.logprobs, teacher.logprobs, k=k)
+            (found,) = p.shard.sum(p.shard.at(student.logprobs, ids))
+            self._set("overlap", sl, overlap_share(values, found))
+        if p.support == "full":
+            value, gradient = CORES[p.divergence](rows, **p.params)
+            self._set("divergence", sl, value)
+            logit_gradient(rows, gradient, out=grad)
+            return
+        ids = select_ids(student.logprobs, teacher.logprobs, p.support, p.support_size, p.shard)
+        support = dense_support(student, teacher, ids, p.shard, complete=p.support_size >= p.shard.total)
+        self._on_support(support, student.probs, sl, grad, stats=False)
+
+    def _sparse(self, student: Normalized, sl: slice, grad: Tensor) -> None:
+        p = self.p
+        assert p.topk is not None
+        support = sparse_support(student, p.topk[0][sl], p.topk[1][sl], p.shard)
+        if p.overlap_top_k:
+            k = min(p.overlap_top_k, support.ids.shape[1], p.shard.total)
+            top = support.teacher_logprobs.topk(k, dim=-1).indices
+            ((values, _),) = p.shard.top_k(student.logprobs, k=k)
+            self._set("overlap", sl, overlap_share(values, support.student_logprobs.gather(-1, top)))
+        self._on_support(support, student.probs, sl, grad, stats=True)
+
+    def _on_support(self, support: Support, student_probs: Tensor, sl: slice, grad: Tensor, stats: bool) -> None:
+        result = support_divergence(support, self.p.divergence, self.p.params, self.p.tail)
+        self._set("divergence", sl, result.value)
+        if stats:
+            self._set("forward_kl", sl, result.forward_kl)
+            self._set("reverse_kl", sl, result.reverse_kl)
+            self._set("teacher_entropy", sl, result.teacher_entropy)
+        torch.mul(student_probs, result.outside.to(self.dtype)[:, None], out=grad)
+        scatter_valid(grad, self.p.shard.local(support.ids), result.support_gradient.to(self.dtype))
+
+    def _apply_upstream(
+        self, grad: Tensor, probs: Tensor, logprobs: Tensor, entropy: Tensor, sl: slice, upstream: Upstream
+    ) -> None:
+        """Turn ∂D in `grad` into Σ of upstream × gradient over divergence, target's log-prob (δ_y − s) and entropy."""
+        if self.p.has_teacher and upstream.divergence is not None:
+            grad *= upstream.divergence[sl, None]
+        else:
+            grad.zero_()
+        if upstream.logprobs is not None:
+            assert self.p.target_ids is not None
+            u = upstream.logprobs[sl, None]
+            column = self.p.shard.local(self.p.target_ids[sl, None])
+            here = u if self.p.shard.group is None else u.masked_fill(column < 0, 0.0)
+            grad.addcmul_(probs, u, value=-1).scatter_add_(-1, column.clamp(min=0), here)
+        if upstream.entropy is not None:
+            (entropy,) = self.p.shard.sum(entropy)
+            grad.addcmul_(probs, (logprobs + entropy[:, None]).mul_(upstream.entropy[sl, None]), value=-1)
+
+    def _set(self, name: str, sl: slice, value: Tensor) -> None:
+        # A student that puts mass where the teacher has none has an infinite KL; the rows carry it as 1e30
+        self.stats[STATS.index(name), sl] = torch.where(value > 1e20, torch.inf, value).to(self.dtype)
