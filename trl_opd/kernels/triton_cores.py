@@ -150,8 +150,8 @@ def core(
         a = tl.where(near, -power * expm1(p0 * r), power - cross) / p0
     else:
         tl.static_assert(DIVERGENCE == "todi", "unknown divergence")
-        towards_student = 1.0 / (1.0 + tl.exp(-p0 * r))
-        towards_teacher = 1.0 / (1.0 + tl.exp(p0 * r))
+        towards_student = 1.0 / (1.0 + tl.exp(p0 * gap))
+        towards_teacher = 1.0 / (1.0 + tl.exp(-p0 * gap))
         difference = towards_teacher * s - towards_student * t
         value = difference * gap
         a = difference + towards_teacher * s * gap
