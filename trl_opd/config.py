@@ -91,7 +91,7 @@ class OnPolicyDistillConfig(GRPOConfig):
             Implementation of the fused divergence: `"torch"` (chunked reference), `"triton"` (CUDA devices),
             `"liger"`, or `"auto"`, which takes Triton where it runs.
         loss_chunk_mib (`int`, *optional*):
-            Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 64 on a CPU.
+            Memory in MiB for the logits of one chunk of tokens. Defaults to 512 on an accelerator and 128 on a CPU.
         overlap_top_k (`int`, *optional*, defaults to `16`):
             Size of the student's and teacher's top sets whose overlap is logged; `0` turns the metric off. It costs
             two partial sorts of the vocabulary per token, so it is measured on the steps that are logged.
@@ -187,7 +187,7 @@ class OnPolicyDistillConfig(GRPOConfig):
     )
     loss_chunk_mib: int | None = field(
         default=None,
-        metadata={"help": "Memory in MiB for the logits of one chunk. Default: 512 on an accelerator, 64 on a CPU."},
+        metadata={"help": "Memory in MiB for the logits of one chunk. Default: 512 on an accelerator, 128 on a CPU."},
     )
     overlap_top_k: int = field(
         default=16, metadata={"help": "Size of the top sets whose overlap is logged; 0 turns the metric off."}

@@ -44,9 +44,7 @@ for divergence in ("reverse_kl", "generalized_jsd"):
     }
 CALLS |= {
     "bare": {"token_weights": None, "target_ids": None},
-    "softcaps": SOFTCAPS,
     "a student's bias": {"student_bias": torch.zeros(V)},
-    "temperature": {"temperature": 0.7},
     "overlap": {"overlap_top_k": 64},
 }
 KERNELS = ("dense_kernel", "partial_kernel", "softmax_kernel")

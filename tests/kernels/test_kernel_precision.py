@@ -103,7 +103,7 @@ class Bf16Gradients(Projector):
 
 def bf16_sides(matched: bool) -> list[Side]:
     """Both models in float64, every number one that bf16 represents."""
-    student, teacher = make_sides(N=24, V=1500, H=(24, 24), bias=False)
+    student, teacher = make_sides(N=10, V=1500, H=(24, 24), bias=False)
     if matched:
         noise = torch.randn(teacher.weight.shape, generator=torch.Generator().manual_seed(1), dtype=FP64)
         teacher = Side(student.hidden.detach(), student.weight.detach() + 0.03 * noise)

@@ -19,7 +19,7 @@ from .supports import SUPPORTS, TAILS, check_topk
 from .vocab_parallel import VocabShard, make_shard
 
 BACKENDS = ("auto", "torch", "triton", "liger")
-_CPU_CHUNK_BYTES = 64 << 20
+_CPU_CHUNK_BYTES = 128 << 20
 _DEVICE_CHUNK_BYTES = 512 << 20
 
 
@@ -110,7 +110,7 @@ def fused_linear_divergence(
             weights of tokens, ids (of the whole vocabulary), settings. So are loss, statistics and the gradient of
             `student_hidden`, which is that of the whole head (do not sum it over the group again); the gradients of
             weight and bias are those of this process's rows. All must run the backward pass of `per_token_grad`.
-        chunk_bytes (`int`, *optional*): Memory for a chunk's logits; 64 MiB on a CPU, 512 MiB elsewhere.
+        chunk_bytes (`int`, *optional*): Memory for a chunk's logits; 128 MiB on a CPU, 512 MiB elsewhere.
         gather (`Callable`, *optional*):
             Context in which partitioned heads are whole, such as ZeRO-3's `GatheredParameters`. Entered in the forward
             pass, unless they are whole because the caller holds it open, and in the backward pass of `per_token_grad`.

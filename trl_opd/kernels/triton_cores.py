@@ -29,12 +29,6 @@ def excess(x):
 
 
 @triton.jit
-def kl_term(p, q, x):
-    """A term of KL(p‖q), p (expm1(x) − x) with x = log q/p: q where p is zero."""
-    return tl.where(tl.abs(x) < 0.5, p * _excess_series(x), q - p - p * x)
-
-
-@triton.jit
 def expm1(x):
     return tl.where(tl.abs(x) < 0.5, x + excess(x), tl.exp(x) - 1.0)
 
