@@ -127,10 +127,10 @@ class _Pass:
         """Statistics and gradient of the rows `sl`. Returns the weights of the rows where it still lacks them."""
         if self.p.backend == "torch":
             return TorchRows(self.p, self.stats).run(logits, teacher_logits, gradient, sl, upstream)
-        from .triton_backend import run_rows
+        from .triton_backend import TritonRows
 
         biases = (self.projector.bias, None if self.teacher_projector is None else self.teacher_projector.bias)
-        run_rows(self.p, logits, teacher_logits, biases, self.stats[:, sl], gradient, sl, upstream)
+        TritonRows(self.p, logits, teacher_logits, biases, self.stats[:, sl], gradient, sl, upstream).run()
         return None
 
     def _make_whole(self, grad_hidden: Tensor | None) -> None:

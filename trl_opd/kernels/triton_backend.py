@@ -92,18 +92,9 @@ def _width(logits: Tensor) -> int:
     return math.ceil(logits.shape[1] / ROOM) * ROOM
 
 
-def run_rows(
-    p: Problem,
-    logits: Tensor,
-    teacher_logits: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    stats: Tensor,
-    gradient: Tensor | None,
-    sl: slice,
-    upstream: Upstream | None,
-) -> None:
+class TritonRows:
     """
-    Statistics and gradient of a chunk.
+    The rows of one chunk.
 
     Args:
         p ([`Problem`]): The call.
@@ -117,16 +108,7 @@ def run_rows(
         sl (`slice`): Which rows of the problem these are.
         upstream (`Upstream` or `None`): Gradients that reach the per-token values, instead of the problem's weights.
     """
-    chunk = _Chunk(p, logits, teacher_logits, biases, stats, gradient, sl, upstream)
-    if teacher_logits is None:
-        chunk.sparse()
-    elif p.support == "full":
-        chunk.dense(p.divergence, gradient)
-    else:
-        chunk.dense_on_support()
 
-
-class _Chunk:
     def __init__(
         self,
         p: Problem,
@@ -145,16 +127,24 @@ class _Chunk:
         if p.teacher is not None:
             self.teacher_shaping = _Shaping.of(p.teacher.logit_scale, p.teacher.softcap, p.temperature, biases[1])
         self.targets = None if p.target_ids is None else p.target_ids[sl].contiguous()
-        n, zeros = logits.shape[0], None
         if upstream is None:
             self.weight = None if p.weights is None else p.weights[sl].float().contiguous()
             self.logprob_weight = self.entropy_weight = None
         else:
-            zeros = logits.new_zeros(n)
+            zeros = logits.new_zeros(logits.shape[0])
             parts = (upstream.divergence if p.has_teacher else None, upstream.logprobs, upstream.entropy)
             self.weight, self.logprob_weight, self.entropy_weight = (
                 zeros if x is None else x[sl].float().contiguous() for x in parts
             )
+
+    def run(self) -> None:
+        """Statistics and gradient."""
+        if self.teacher_logits is None:
+            self.sparse()
+        elif self.p.support == "full":
+            self.dense(self.p.divergence, self.gradient)
+        else:
+            self.dense_on_support()
 
     def set(self, name: str, value: Tensor) -> None:
         self.stats[self.row_of[name]] = torch.where(value > 1e20, torch.inf, value)
