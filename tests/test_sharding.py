@@ -4,8 +4,6 @@ A student and teacher that are sharded by FSDP2, or copied by DDP, have the loss
 Accelerate shards on accelerators only: the trainer's runs here tell it that the CPU is one.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +12,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
+from processes import leave, run_two
 from tiny import VOCAB_SIZE, make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import FAILURES, RUNS, fail_and_resume, leave, one_process, train
+from two_processes import FAILURES, RUNS, fail_and_resume, one_process, train
 
-import trl_opd
 from trl_opd.collators import TeacherBatch
 from trl_opd.heads import HeadCall, add_head_branch
 from trl_opd.kernels import fused_linear_divergence
@@ -151,12 +149,7 @@ def run_two_processes(output_dir):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("sharding")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_opd.__file__).parents[1])}
-    done = subprocess.run(
-        [*command, str(output_dir)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(__file__, output_dir)
     return {path.stem: torch.load(path) for path in output_dir.glob("*.pt")}
 
 

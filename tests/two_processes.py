@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from processes import launch_two, leave
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, make_model, make_tokenizer, trainer_config
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-import trl_opd
 from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer
 from trl_opd.collators import TeacherScores
 from trl_opd.teachers import TeacherScoreError
@@ -178,13 +178,9 @@ def one_process(name):
 def two_processes():
     """Launch two gloo processes for all runs. `{name: [result of each rank]}`; a run that did not end has none."""
     with tempfile.TemporaryDirectory() as output_dir:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        # The package may be on the path of this process alone (pytest run from the repository)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_opd.__file__).parents[1])}
+        command, environment = launch_two(__file__, output_dir)
         with open(Path(output_dir) / "output.txt", "w+") as output:
-            process = subprocess.Popen(
-                [*command, __file__, output_dir], env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             try:
                 process.wait(timeout=150)
             except subprocess.TimeoutExpired:
@@ -291,12 +287,6 @@ def resume(output_dir, world):
     whole = train(output_dir / "whole", world, **fields)
     resumed = train(output_dir / "whole", world, resume=str(output_dir / "whole" / "checkpoint-2"), **fields)
     return {"whole": whole, "resumed": resumed}
-
-
-def leave():
-    """End a process whose results are on disk; tearing gloo's threads down in order has once aborted it (SIGABRT)."""
-    torch.distributed.barrier()
-    os._exit(0)
 
 
 def main(output_dir):

@@ -1,19 +1,17 @@
 """Heads sharded by FSDP2, given to the op as the `DTensor`s they are: two processes, each with tokens of its own."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import leave, run_two
 from textbook import Side, fused_arguments, make_sides, reverse_kl
 from tiny import VOCAB_SIZE, make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import trl_opd
 from trl_opd import fused_linear_divergence
 from trl_opd.heads import HeadCall, add_head_branch
 
@@ -102,20 +100,13 @@ def run_two_processes(output_dir):
         torch.save(sharded_case(rank, **case), output_dir / f"{name}.{rank}.pt")
     torch.save(vocabulary_parallel_case(), output_dir / f"vocabulary parallel.{rank}.pt")
     torch.save(head_module_case(rank), output_dir / f"head module.{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads have been seen to abort when they are torn down in order
+    leave()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("heads")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    path = os.pathsep.join([str(Path(trl_opd.__file__).parents[1]), str(Path(__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, str(output_dir)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(__file__, output_dir)
     return {path.stem: torch.load(path) for path in output_dir.glob("*.pt")}
 
 

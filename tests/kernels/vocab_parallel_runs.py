@@ -6,8 +6,6 @@ Calls over heads whose rows are spread over two processes, and the launch of two
 writes OUTPUT_DIR/RANK.pt with the results of all of them.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -15,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import leave, run_two
 from textbook import CASES, Side, fused_arguments, make_sides
 
-import trl_opd
 from trl_opd import fused_linear_divergence
 
 N, V, K, FIRST = 6, 23, 4, 9  # the first process holds 9 entries, the second 14
@@ -251,20 +249,8 @@ def count_exchanges(rank: int, group) -> dict[str, int]:
 def run_two_processes() -> list[dict]:
     """The results of each process."""
     with tempfile.TemporaryDirectory() as output_dir:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-        path = os.pathsep.join([str(Path(trl_opd.__file__).parents[1]), str(Path(__file__).parents[1])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(
-            [*command, output_dir], env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_two(__file__, output_dir)
         return [torch.load(Path(output_dir, f"{rank}.pt")) for rank in (0, 1)]
-
-
-def leave() -> None:
-    """Without the exit hooks of libraries: the results are on disk."""
-    torch.distributed.barrier()
-    os._exit(0)
 
 
 def main(output_dir: Path) -> None:

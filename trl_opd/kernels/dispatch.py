@@ -116,8 +116,9 @@ def fused_linear_divergence(
             pass, unless they are whole because the caller holds it open, and in the backward pass of `per_token_grad`.
             ZeRO-3 reduces the head's gradient only if the call is made inside the model's own forward.
         backend (`str`, *optional*, defaults to `"auto"`):
-            `"torch"` is the chunked reference, `"liger"` calls liger-kernel for what it computes correctly, `"auto"`
-            chooses the fastest that is exact.
+            `"torch"` is the chunked reference, `"triton"` does its elementwise work in Triton kernels on CUDA devices
+            (fp32 logits, no `vocab_group`), `"liger"` calls liger-kernel for what it computes correctly. `"auto"`
+            takes Triton where it runs, else PyTorch.
 
     Returns:
         [`FusedDivergence`]

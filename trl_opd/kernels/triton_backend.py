@@ -24,7 +24,7 @@ from .triton_cores import CENTRED, PARAMETERS
 
 _INTERPRET: bool = triton.knobs.runtime.interpret  # read once, as `triton.jit` does
 _LOWEST = -1e30
-# Entries of a block, by the number of warps of a program. Chosen from the registers that ptxas reports for sm_90
+# Entries that a program of 8 warps takes at a time, chosen from the registers that ptxas reports for sm_90
 MAX_BLOCK = 2048
 
 
@@ -168,7 +168,7 @@ class TritonRows:
             (logits if gradient is None else gradient).stride(0), self.stats.stride(0), norms.stride(0),
             student.inner, student.outer, student.slope, teacher.inner, teacher.outer, p0, p1,
             top_k,
-            registers_heavy=sum_of_a, least_block=top_k,  # `_threshold` starts from a block's k-th largest
+            registers_heavy=sum_of_a, least_block=top_k,  # `top_threshold` starts from a block's k-th largest
             DIVERGENCE=divergence, GRADIENT=gradient is not None, SUM_OF_A=sum_of_a,
             STUDENT_SHAPED=student.needed, STUDENT_BIAS=student.bias is not None, STUDENT_SOFTCAP=student.softcap,
             TEACHER_SHAPED=teacher.needed, TEACHER_BIAS=teacher.bias is not None, TEACHER_SOFTCAP=teacher.softcap,

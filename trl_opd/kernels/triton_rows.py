@@ -78,7 +78,7 @@ def dense_kernel(
     weight_ptr,  # (n,) fp32, of the divergence's gradient
     logprob_weight_ptr,  # (n,) fp32, of the target log-prob's gradient
     entropy_weight_ptr,  # (n,) fp32, of the student entropy's gradient
-    stats_ptr,  # (10, n) fp32, in the order of `fused.STATS`
+    stats_ptr,  # (10, n) fp32, in the order of `problem.STATS`
     norms_ptr,  # (4, n) fp32: maximum and log Σ exp(z − maximum) of the student, then of the teacher
     vocab_size,
     width,  # room of a row, a multiple of 64

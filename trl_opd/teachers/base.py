@@ -3,16 +3,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..collators import TeacherBatch, TeacherScores
 from ..kernels.supports import repeated_id
-
-if TYPE_CHECKING:
-    pass
 
 
 @runtime_checkable
