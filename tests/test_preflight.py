@@ -106,11 +106,11 @@ def test_a_student_path_that_does_not_exist_is_refused(build, saved):
     assert "does not exist" in message
 
 
-def test_a_teacher_server_is_refused_with_the_way_out(build):
-    message = error_of(build, teacher_model="http://localhost:8000/v1")
-    assert "teacher_model must be a path" in message
-    assert "'http://localhost:8000/v1'" in message
-    assert "Pass a callable" in message
+def test_a_list_of_teachers_that_are_not_servers_is_refused_with_the_way_out(build):
+    message = error_of(build, teacher_model=["http://localhost:8000", "some/model"])
+    assert "teacher_model as a list must hold URLs" in message
+    assert "'some/model'" in message
+    assert "MixtureTeacher" in message
 
 
 def test_a_teacher_that_is_none_of_the_kinds_is_refused(build):

@@ -88,6 +88,30 @@ def test_rewards_are_named_and_mixed_in(run, tmp_path, monkeypatch):
     assert "distill/loss" in trainer.state.log_history[0]
 
 
+@pytest.mark.parametrize("form", ["yaml", "json", "argument"])
+def test_each_sample_to_its_own_teacher(run, tmp_path, form):
+    teachers = {"easy": str(tmp_path / "teacher"), "hard": str(tmp_path / "student")}
+    rows = [{"prompt": text, "teacher": name} for text, name in (("abc", "easy"), ("x y z", "hard"))] * 8
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    if form == "argument":
+        trainer = run("--teacher_model", json.dumps(teachers))
+    else:
+        trainer = run(teacher_model=teachers if form == "yaml" else json.dumps(teachers))
+    assert trainer.teacher.names == ["easy", "hard"]
+    assert [member.name for member in trainer.teacher.members] == list(teachers.values())
+    assert trainer.state.log_history[0]["distill/loss"] > 0
+
+
+def test_the_student_as_its_own_teacher_with_a_view_by_its_import_path(run, tmp_path, monkeypatch):
+    (tmp_path / "my_views.py").write_text(
+        "def reverse(example, completion, reward, group):\n    return example['answer']"
+    )
+    monkeypatch.chdir(tmp_path)
+    trainer = run(teacher_model="self", teacher_view="my_views.reverse", teacher_sync="ema")
+    assert trainer.teacher.sync == "ema"
+    assert trainer.state.log_history[0]["distill/reverse_kl"] > 0
+
+
 def test_evaluation_uses_the_test_split(run):
     trainer = run(test_split_size=0.25, eval_strategy="steps", eval_steps=2, max_steps=2)
     assert len(trainer.eval_dataset) == 4

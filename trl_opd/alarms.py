@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .teachers.base import TeacherScoreError
+from .teachers.answers import TeacherScoreError
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

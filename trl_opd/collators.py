@@ -7,7 +7,7 @@ of every answer is about completion token t, given the prompt and the completion
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class TeacherBatch:
         temperature (`float`): Temperature of the log-probs to return.
         support (`str`): Support asked for (see [`OnPolicyDistillConfig`]).
         support_size (`int`): K of a top-k support.
+        requested_ids (`torch.Tensor`, *optional*):
+            Entries `(B, T, K)` that the student chose (`support="student_top_k"` with a teacher that answers at
+            generation time): their log-probs are asked for; below 0 is padding.
+        own_prompt (`bool`): Whether the prompt differs from the one that the student saw.
+        teacher_index (`torch.Tensor`, *optional*): Which member of a [`RoutedTeacher`] each sequence goes to, `(B,)`.
         model_inputs (`Mapping[str, Any]`): Further model inputs, e.g. pixel values of a vision-language model.
         examples (`Sequence[Mapping[str, Any]]` or `None`):
             Dataset rows of the B sequences; `None` for teachers that score inside the loss.
@@ -43,6 +48,9 @@ class TeacherBatch:
     temperature: float = 1.0
     support: str = "full"
     support_size: int = 64
+    requested_ids: Tensor | None = None
+    own_prompt: bool = False
+    teacher_index: Tensor | None = None
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] | None = None
 
@@ -50,6 +58,29 @@ class TeacherBatch:
     def num_completion_tokens(self) -> int:
         """T."""
         return self.completion_ids.shape[1]
+
+    def select(self, rows: Tensor) -> "TeacherBatch":
+        """
+        The sequences `rows` (indices, `(R,)`) alone.
+
+        Raises:
+            ValueError: With `model_inputs`, whose rows cannot be told apart (images of several samples are one list).
+        """
+        if self.model_inputs:
+            raise ValueError(
+                f"A batch with {sorted(self.model_inputs)} cannot be split between teachers. Which image belongs to "
+                "which sample is known to the processor alone. Use one teacher, without teacher_batch_size."
+            )
+        picked: dict[str, Any] = _pick(self, rows)
+        examples = None if self.examples is None else [self.examples[i] for i in rows.tolist()]
+        return replace(self, **picked, examples=examples)
+
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and completion ids of each sequence without padding."""
+        width = self.input_ids.shape[1] - self.num_completion_tokens
+        ids, mask = self.input_ids.tolist(), self.attention_mask.bool().tolist()
+        rows = [[(i, m) for i, m in zip(*row, strict=True)] for row in zip(ids, mask, strict=True)]
+        return [([i for i, m in row[:width] if m], [i for i, m in row[width:] if m]) for row in rows]
 
 
 @dataclass
@@ -72,20 +103,53 @@ class TeacherScores:
     topk_logprobs: Tensor | None = None
     sampled_logprobs: Tensor | None = None
 
-    # The buffered batch is shuffled and split by rows, so every answer that waits there is batch-first
-    _KEYS = ("topk_ids", "topk_logprobs", "sampled_logprobs")
+    def select(self, rows: Tensor) -> "TeacherScores":
+        """Those of the sequences `rows` (indices, `(R,)`)."""
+        picked: dict[str, Any] = _pick(self, rows)
+        return replace(self, **picked)
 
-    def to_inputs(self) -> dict[str, Tensor]:
-        """The batch-first tensors to keep in GRPO's buffered batch, under `teacher_` names."""
-        return {f"teacher_{key}": getattr(self, key) for key in self._KEYS if getattr(self, key) is not None}
 
-    @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any]) -> "TeacherScores | None":
-        """The inverse of [`to_inputs`], or scores kept whole from an earlier pass; `None` if there are none."""
-        if inputs.get("teacher_scores") is not None:
-            return inputs["teacher_scores"]
-        values = {key: inputs[f"teacher_{key}"] for key in cls._KEYS if f"teacher_{key}" in inputs}
-        return cls(**values) if values else None
+def _pick(batch: TeacherBatch | TeacherScores, rows: Tensor) -> dict[str, Tensor]:
+    """The rows of those fields that are tensors."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {name: x[rows.to(x.device)] for name, x in values.items() if isinstance(x, Tensor)}
+
+
+@dataclass
+class MixedScores:
+    """
+    Answers of several teachers to the same tokens, of one kind: all hidden states, or all top-k log-probs.
+
+    Args:
+        members (`Sequence[TeacherScores]`): One answer a teacher.
+        weights (`Sequence[float]`): Above 0, sum 1.
+        mixture (`str`): `"arithmetic"`, `"geometric"` or `"loss_sum"` (see [`MixtureTeacher`]).
+    """
+
+    members: Sequence[TeacherScores]
+    weights: Sequence[float]
+    mixture: str
+
+    def select(self, rows: Tensor) -> "MixedScores":
+        """Those of the sequences `rows` (indices, `(R,)`)."""
+        return replace(self, members=[member.select(rows) for member in self.members])
+
+
+@dataclass
+class RoutedScores:
+    """
+    Answers of several teachers to different sequences of a batch.
+
+    Args:
+        parts (`Mapping[str, tuple[Tensor, TeacherScores | MixedScores]]`):
+            By the teacher's name: the indices `(R,)` of its sequences, and its answer about those. Every sequence is
+            in one part. Several processes hold the same names in the same order, some with no sequence.
+    """
+
+    parts: Mapping[str, "tuple[Tensor, TeacherScores | MixedScores]"]
+
+
+Scores = TeacherScores | MixedScores | RoutedScores
 
 
 def collate_teacher_batch(
@@ -93,6 +157,9 @@ def collate_teacher_batch(
 ) -> TeacherBatch:
     """
     Build the teacher's side from the student's `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`.
+
+    Where the teacher has its own prompts, `teacher_prompt_ids` and `teacher_prompt_mask` `(B, P')` stand in the place
+    of the student's; `teacher_index` `(B,)` tells whose they are.
 
     Args:
         inputs (`Mapping[str, Any]`): GRPO's batch.
@@ -102,17 +169,21 @@ def collate_teacher_batch(
             side. The caller has taken them out of `mask`.
         request: Further fields of [`TeacherBatch`].
     """
-    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    completion_ids = inputs["completion_ids"]
+    own = "teacher_prompt_ids" in inputs
+    prompt_ids, completion_ids = inputs["teacher_prompt_ids" if own else "prompt_ids"], inputs["completion_ids"]
+    prompt_mask = inputs["teacher_prompt_mask" if own else "prompt_mask"]
     if vocab_size is not None:
-        input_ids = input_ids.masked_fill(input_ids >= vocab_size, 0)
         completion_ids = completion_ids.masked_fill(completion_ids >= vocab_size, 0)
+        if not own:  # what the teacher's tokenizer wrote it knows
+            prompt_ids = prompt_ids.masked_fill(prompt_ids >= vocab_size, 0)
+    attention_mask = torch.cat([prompt_mask, inputs["completion_mask"]], dim=1)
     return TeacherBatch(
-        input_ids=input_ids,
+        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
         attention_mask=attention_mask,
         position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
         completion_ids=completion_ids,
         completion_mask=mask,
+        own_prompt=own,
+        teacher_index=inputs.get("teacher_index"),
         **request,
     )

@@ -12,6 +12,11 @@ from .kernels.supports import SUPPORTS, TAILS
 from .losses import nearest_name, resolve_divergence
 
 CREDITS = ("direct", "policy_gradient")
+SYNCS = ("frozen", "ema", "every_n", "live")
+TEMPLATES = ("own", "student")
+OVERFLOWS = ("error", "skip")
+QUANTIZATIONS = ("int8", "bnb_8bit", "bnb_4bit")
+OFFLOADS = ("model", "layers")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -41,6 +46,38 @@ class OnPolicyDistillConfig(GRPOConfig):
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for `from_pretrained` when `teacher_model` is a path or hub id: `revision`, `dtype`
             (default `"auto"`, the checkpoint's own), `quantization_config`, `attn_implementation`, `device_map`, ...
+            For URLs, those of [`teachers.RemoteTeacher`] (`api_key_env`, `timeout`, `max_in_flight`, ...).
+        teacher_sync (`str`, *optional*, defaults to `"frozen"`):
+            Which weights `teacher_model="self"` answers with: `"frozen"` (the student's at the start), `"ema"` (their
+            moving average), `"every_n"` (a copy from time to time) or `"live"` (the student's own of this moment).
+        teacher_sync_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two updates of `"ema"` or `"every_n"`.
+        teacher_sync_rate (`float`, *optional*, defaults to `0.05`):
+            Share of the student in an update of `"ema"`, in (0, 1].
+        teacher_chat_template (`str`, *optional*, defaults to `"own"`):
+            Who renders conversational prompts for the teacher. `"own"`: the teacher's own chat template, where its
+            tokenizer is known and has one; `"student"`: the student's.
+        teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Arguments of the teacher's rendering, e.g. `{"enable_thinking": false}`. Defaults to
+            `chat_template_kwargs`.
+        teacher_max_length (`int`, *optional*):
+            Longest prompt and completion that the teacher is given, in tokens. Defaults to what it says of itself.
+        teacher_overflow (`str`, *optional*, defaults to `"error"`):
+            What becomes of a sample that is longer: `"error"`, or `"skip"` (it leaves the distillation loss and is
+            counted in `distill/skipped_overflow`). It is never truncated.
+
+        > Parameters that control the teacher's memory (teachers in this process)
+
+        teacher_quantization (`str`, *optional*):
+            Weights of a teacher that is loaded from a path: `"int8"` (weight only, runs anywhere), `"bnb_8bit"` or
+            `"bnb_4bit"` (bitsandbytes).
+        teacher_offload (`str`, *optional*):
+            Where its weights wait: `"model"` keeps them in CPU memory while the student trains, `"layers"` brings one
+            decoder layer at a time to the device.
+        teacher_batch_size (`int`, *optional*):
+            Sequences of a teacher's forward pass. Defaults to the micro-batch.
+        teacher_device (`str`, *optional*):
+            Device of the teacher, e.g. `"cuda:1"` or `"cpu"`. Defaults to the student's.
 
         > Parameters that control the objective
 
@@ -100,6 +137,7 @@ class OnPolicyDistillConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
+        "teacher_chat_template_kwargs",
         "divergence_kwargs",
     ]
 
@@ -117,8 +155,59 @@ class OnPolicyDistillConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Keyword arguments for `from_pretrained` when `teacher_model` is a path or hub id (`revision`, "
-            "`dtype`, `quantization_config`, ...). `dtype` defaults to 'auto', the checkpoint's own."
+            "`dtype`, `quantization_config`, ...; `dtype` defaults to 'auto', the checkpoint's own), or for the "
+            "client when it is a URL (`api_key_env`, `timeout`, ...)."
         },
+    )
+    teacher_sync: str = field(
+        default="frozen",
+        metadata={
+            "help": "Weights of teacher_model='self': 'frozen' (those of the start), 'ema' (moving average), "
+            "'every_n' (copied every `teacher_sync_steps` steps) or 'live'."
+        },
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps between two updates of teacher_sync='ema' or 'every_n'."}
+    )
+    teacher_sync_rate: float = field(
+        default=0.05, metadata={"help": "Share of the student in an update of teacher_sync='ema', in (0, 1]."}
+    )
+    teacher_chat_template: str = field(
+        default="own",
+        metadata={
+            "help": "Who renders conversational prompts for the teacher: 'own' (its own chat template, where it has "
+            "one) or 'student'."
+        },
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the teacher's rendering. Defaults to `chat_template_kwargs`."},
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt and completion for the teacher, in tokens. Default: what it says itself."},
+    )
+    teacher_overflow: str = field(
+        default="error",
+        metadata={"help": "What becomes of a sample that is too long for the teacher: 'error' or 'skip'."},
+    )
+
+    # Parameters that control the teacher's memory
+    teacher_quantization: str | None = field(
+        default=None, metadata={"help": "Weights of a loaded teacher: 'int8', 'bnb_8bit' or 'bnb_4bit'."}
+    )
+    teacher_offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the teacher's weights wait: 'model' (in CPU memory while the student trains) or 'layers' "
+            "(one decoder layer at a time on the device)."
+        },
+    )
+    teacher_batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences of a teacher's forward pass. Default: the micro-batch."}
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "Device of the teacher, e.g. 'cuda:1' or 'cpu'. Default: the student's."}
     )
 
     # Parameters that control the objective
@@ -233,6 +322,20 @@ class OnPolicyDistillConfig(GRPOConfig):
         """Temperature at which both models are compared."""
         return self.temperature if self.distill_temperature is None else self.distill_temperature
 
+    @property
+    def teacher_memory(self) -> dict[str, Any]:
+        """How a teacher in this process fits: arguments of [`teachers.LocalTeacher`]."""
+        return {name: getattr(self, f"teacher_{name}") for name in ("quantization", "offload", "batch_size", "device")}
+
+    @property
+    def teacher_syncing(self) -> dict[str, Any]:
+        """How the student teaches itself: arguments of [`teachers.SelfTeacher`]."""
+        return {
+            "sync": self.teacher_sync,
+            "steps": self.teacher_sync_steps,
+            "rate": self.teacher_sync_rate,
+        }
+
     def validate_distillation(self) -> None:
         """
         Check the fields of the distillation and how they combine.
@@ -255,10 +358,16 @@ class OnPolicyDistillConfig(GRPOConfig):
             ("credit", CREDITS),
             ("loss_backend", BACKENDS),
             ("loss_type", LOSS_TYPES),
+            ("teacher_sync", SYNCS),
+            ("teacher_chat_template", TEMPLATES),
+            ("teacher_overflow", OVERFLOWS),
+            ("teacher_quantization", (None, *QUANTIZATIONS)),
+            ("teacher_offload", (None, *OFFLOADS)),
         ):
             value = getattr(self, name)
             if value not in valid:
-                raise ValueError(f"{name} must be a known name, got {value!r}.{nearest_name(value, list(valid))}")
+                nearest = nearest_name(value, [v for v in valid if v])
+                raise ValueError(f"{name} must be a known name, got {value!r}.{nearest}")
 
     def _check_ranges(self) -> None:
         def require(name: str, valid: bool, rule: str, breaks: str, remedy: str) -> None:
@@ -320,6 +429,23 @@ class OnPolicyDistillConfig(GRPOConfig):
             "a whole number of at least 0",
             "It is the size of the compared top sets.",
             "Set 0 to turn the metric off.",
+        )
+        for name in ("teacher_sync_steps", "teacher_batch_size", "teacher_max_length"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(
+                name,
+                whole or (value is None and name != "teacher_sync_steps"),
+                "a whole number of at least 1",
+                "It counts steps, sequences or tokens.",
+                "Leave it unset for the default.",
+            )
+        require(
+            "teacher_sync_rate",
+            number(self.teacher_sync_rate) and 0 < self.teacher_sync_rate <= 1,
+            "in (0, 1]",
+            "It is the student's share in the teacher's moving average.",
+            "Set teacher_sync='frozen' for a teacher that does not move.",
         )
         require(
             "loss_chunk_mib",

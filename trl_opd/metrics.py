@@ -62,8 +62,6 @@ def add_direct(metrics: TokenMetrics, batch: "MicroBatch", output: "StudentOutpu
     assert output.loss is not None
     add_loss(metrics, output.loss, accumulation)
     teacher_logprobs = output.teacher_logprobs
-    if teacher_logprobs is None and batch.scores is not None:
-        teacher_logprobs = batch.scores.sampled_logprobs
     named = {
         "reverse_kl": output.reverse_kl,
         "forward_kl": output.forward_kl,

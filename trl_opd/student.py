@@ -1,19 +1,22 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """One micro-batch of distillation: the request that travels into the student's forward, and what comes back."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .collators import TeacherScores
+from .collators import MixedScores, RoutedScores, Scores, TeacherScores
 from .config import OnPolicyDistillConfig
 from .heads import HeadCall, gather_heads
 from .kernels import fused_linear_divergence
 from .kernels.projection import Head
-from .teachers.base import TeacherScoreError
+from .teachers.answers import TeacherScoreError, answers
+
+if TYPE_CHECKING:
+    from .trainer import OnPolicyDistillTrainer
 
 
 @dataclass
@@ -44,13 +47,13 @@ class MicroBatch:
     loss_mask: Tensor  # (B, T), tokens of GRPO's loss
     distill_mask: Tensor  # (B, T), those of them that the distillation trains
     weights: Tensor  # (B, T), of the one reduction
-    scores: TeacherScores | None = None
+    scores: Scores | None = None
     output: StudentOutput | None = None
 
 
 def distillation_head(
     batch: MicroBatch,
-    scores: TeacherScores,
+    scores: Scores,
     args: OnPolicyDistillConfig,
     *,
     vocab_size: int | None,
@@ -62,7 +65,7 @@ def distillation_head(
 
     Args:
         batch ([`MicroBatch`]): Masks, weights and sampled tokens.
-        scores ([`TeacherScores`]): Hidden states and head, or top-k log-probs.
+        scores ([`TeacherScores`], [`MixedScores`] or [`RoutedScores`]): Hidden states and heads, or top-k log-probs.
         args ([`OnPolicyDistillConfig`]): The objective.
         vocab_size (`int`, *optional*): Leading head entries to compare.
         per_token_grad (`bool`): Whether log-probs and entropy must carry gradient.
@@ -71,69 +74,157 @@ def distillation_head(
     target_ids: Tensor = batch.inputs["completion_ids"]
     num_tokens = target_ids.shape[1]
     # GRPO's own metrics want every token of its loss; Liger knows no token weights, so it sees the trained ones only
-    rows = batch.distill_mask if args.loss_backend == "liger" else batch.loss_mask
-    support = "teacher_top_k" if scores.topk_ids is not None and args.support == "full" else args.support
+    tokens = batch.distill_mask if args.loss_backend == "liger" else batch.loss_mask
+    common: dict[str, Any] = {
+        "divergence": args.divergence,
+        "divergence_kwargs": args.divergence_kwargs,
+        "temperature": args.divergence_temperature,
+        "support_size": args.support_size,
+        "tail": args.support_tail,
+        "overlap_top_k": overlap_top_k,
+        "per_token_grad": per_token_grad,
+        "vocab_size": vocab_size,
+        "chunk_bytes": None if args.loss_chunk_mib is None else args.loss_chunk_mib << 20,
+        "backend": args.loss_backend,
+    }
 
-    def call(hidden_states: Tensor, head: Head, aux_loss: Tensor | None) -> StudentOutput:
-        teacher, teacher_hidden, topk = None, None, None
-        if scores.hidden_states is not None:
-            assert scores.head is not None
-            teacher, teacher_hidden = scores.head, scores.hidden_states.flatten(0, 1)
-        else:
-            assert scores.topk_ids is not None and scores.topk_logprobs is not None
-            topk = (scores.topk_ids.flatten(0, 1), scores.topk_logprobs.flatten(0, 1))
-        sharded = [head.weight, head.bias] + ([teacher.weight, teacher.bias] if teacher is not None else [])
+    def part(
+        hidden_states: Tensor, head: Head, rows: Tensor | None, answer: TeacherScores | MixedScores
+    ) -> StudentOutput:
+        def take(x: Tensor) -> Tensor:
+            return (x if rows is None else x[rows]).flatten(0, 1)
+
+        teacher = _teacher_operands(answer)
+        sparse = isinstance(answer, TeacherScores) and answer.hidden_states is None
         result = fused_linear_divergence(
-            hidden_states[:, -num_tokens - 1 : -1].flatten(0, 1),
+            take(hidden_states),
             head.weight,
-            teacher_hidden,
-            None if teacher is None else teacher.weight,
-            divergence=args.divergence,
-            divergence_kwargs=args.divergence_kwargs,  # type: ignore[arg-type]
-            token_weights=batch.weights.flatten(),
-            mask=rows.flatten(),
-            target_ids=target_ids.flatten(),
+            token_weights=take(batch.weights),
+            mask=take(tokens),
+            target_ids=take(target_ids),
             student_bias=head.bias,
-            teacher_bias=None if teacher is None else teacher.bias,
-            temperature=args.divergence_temperature,
             student_logit_scale=head.logit_scale,
             student_softcap=head.softcap,
-            teacher_logit_scale=1.0 if teacher is None else teacher.logit_scale,
-            teacher_softcap=None if teacher is None else teacher.softcap,
-            teacher_topk=topk,
-            support=support,
-            support_size=args.support_size,
-            tail=args.support_tail,
-            overlap_top_k=overlap_top_k,
-            per_token_grad=per_token_grad,
-            vocab_size=vocab_size,
-            chunk_bytes=None if args.loss_chunk_mib is None else args.loss_chunk_mib << 20,
-            gather=gather_heads(*sharded),
-            backend=args.loss_backend,
+            support="teacher_top_k" if sparse and args.support == "full" else args.support,
+            gather=gather_heads(head.weight, head.bias, *_parameters(answer)),
+            **teacher,
+            **common,
         )
 
         def view(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.view(target_ids.shape)
+            return None if x is None else x.view(-1, num_tokens)
 
+        output = StudentOutput(loss=result.loss, log_probs=view(result.student_logprobs))
+        output.entropy = view(result.student_entropy)
+        for name in ("divergence", "forward_kl", "reverse_kl", "teacher_entropy", "teacher_logprobs", "overlap"):
+            setattr(output, name, view(getattr(result, name)))
+        if output.teacher_logprobs is None and output.divergence is not None and isinstance(answer, TeacherScores):
+            output.teacher_logprobs = answer.sampled_logprobs
+        return output
+
+    def call(hidden_states: Tensor, head: Head, aux_loss: Tensor | None) -> StudentOutput:
+        hidden_states = hidden_states[:, -num_tokens - 1 : -1]
+        if isinstance(scores, RoutedScores):
+            parts = [(rows, part(hidden_states, head, rows, answer)) for rows, answer in scores.parts.values()]
+            output = _assemble(parts, target_ids.shape, hidden_states)
+        else:
+            output = part(hidden_states, head, None, scores)
         zeros = hidden_states.new_zeros(target_ids.shape, dtype=torch.float32)
-        return StudentOutput(
-            loss=result.loss,
-            log_probs=zeros if result.student_logprobs is None else view(result.student_logprobs),
-            entropy=zeros if result.student_entropy is None else view(result.student_entropy),
-            aux_loss=aux_loss,
-            divergence=view(result.divergence),
-            forward_kl=view(result.forward_kl),
-            reverse_kl=view(result.reverse_kl),
-            teacher_entropy=view(result.teacher_entropy),
-            teacher_logprobs=view(result.teacher_logprobs),
-            overlap=view(result.overlap),
-        )
+        output.log_probs = zeros if output.log_probs is None else output.log_probs
+        output.entropy = zeros if output.entropy is None else output.entropy
+        output.aux_loss = aux_loss
+        return output
 
     return HeadCall(call)
 
 
-def require_scores(scores: TeacherScores, credit: str, name: str) -> None:
+def _teacher_operands(answer: TeacherScores | MixedScores) -> dict[str, Any]:
+    """The fused divergence's arguments about one or several teachers."""
+    members = answer.members if isinstance(answer, MixedScores) else [answer]
+    dense = [m.head if m.hidden_states is not None else None for m in members]
+    operands: dict[str, list[Any]] = {
+        "teacher_hidden": [None if m.hidden_states is None else m.hidden_states.flatten(0, 1) for m in members],
+        "teacher_weight": [None if head is None else head.weight for head in dense],
+        "teacher_bias": [None if head is None else head.bias for head in dense],
+        "teacher_logit_scale": [1.0 if head is None else head.logit_scale for head in dense],
+        "teacher_softcap": [None if head is None else head.softcap for head in dense],
+        "teacher_topk": [None if m.hidden_states is not None else _topk(m) for m in members],
+    }
+    if not isinstance(answer, MixedScores):
+        return {name: values[0] for name, values in operands.items()}
+    return {**operands, "mixture": answer.mixture, "mixture_weights": answer.weights}
+
+
+def _topk(answer: TeacherScores) -> tuple[Tensor, Tensor]:
+    assert answer.topk_ids is not None and answer.topk_logprobs is not None
+    return answer.topk_ids.flatten(0, 1), answer.topk_logprobs.flatten(0, 1)
+
+
+def _parameters(answer: TeacherScores | MixedScores) -> list[Tensor | None]:
+    members = answer.members if isinstance(answer, MixedScores) else [answer]
+    return [x for m in members if m.head is not None for x in (m.head.weight, m.head.bias)]
+
+
+def _assemble(parts: list[tuple[Tensor, StudentOutput]], shape: torch.Size, hidden_states: Tensor) -> StudentOutput:
+    """One output of several whose sequences are the given rows. What some part does not know is left out."""
+    output = StudentOutput(loss=hidden_states.sum() * 0.0)  # in the graph of a batch without any part, too
+    for _, part in parts:
+        output.loss = output.loss + part.loss  # type: ignore[operator]
+    for f in fields(StudentOutput):
+        values = [getattr(part, f.name) for _, part in parts]
+        if f.name in ("loss", "aux_loss") or not parts or any(value is None for value in values):
+            continue
+        whole = torch.zeros(shape, dtype=values[0].dtype, device=values[0].device)
+        for (rows, _), value in zip(parts, values, strict=True):
+            whole = whole.index_copy(0, rows, value)
+        setattr(output, f.name, whole)
+    return output
+
+
+@torch.no_grad()
+def student_top_ids(trainer: "OnPolicyDistillTrainer", inputs: dict[str, Tensor]) -> Tensor:
+    """The student's `support_size` likeliest entries at every completion token of a generation batch, `(B, T, K)`."""
+    size, rows = trainer.args.support_size, trainer.args.per_device_train_batch_size
+    num_tokens = inputs["completion_ids"].shape[1]
+    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+
+    def call(hidden_states: Tensor, head: Head, aux_loss: Tensor | None) -> StudentOutput:
+        weight = head.weight[: trainer.shared_vocab_size]
+        bias = None if head.bias is None else head.bias[: trainer.shared_vocab_size]
+        top = [
+            torch.nn.functional.linear(x.to(weight.dtype), weight, bias).topk(min(size, len(weight)), dim=-1).indices
+            for sequence in hidden_states[:, -num_tokens - 1 : -1]
+            for x in sequence.split(256)
+        ]
+        return StudentOutput(overlap=torch.cat(top).view(len(hidden_states), num_tokens, -1))
+
+    ids = [
+        trainer.model(input_ids=ids, attention_mask=mask, head_call=HeadCall(call)).overlap
+        for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
+    ]
+    return torch.cat(ids)
+
+
+def sampled_answer(scores: Scores, shape: torch.Size) -> Tensor:
+    """The sampled tokens' log-probs under the teacher(s), `(B, T)`."""
+    if isinstance(scores, RoutedScores):
+        parts = [(rows, sampled_answer(answer, shape)) for rows, answer in scores.parts.values()]
+        whole = torch.zeros(shape, dtype=parts[0][1].dtype, device=parts[0][1].device)
+        for rows, logprobs in parts:
+            whole[rows] = logprobs.to(whole.dtype)
+        return whole
+    assert isinstance(scores, TeacherScores) and scores.sampled_logprobs is not None
+    return scores.sampled_logprobs
+
+
+def require_scores(scores: Scores, credit: str, name: str) -> None:
     """Refuse scores that the objective cannot use, naming what to set."""
+    for _, answer in answers(scores):
+        _require(answer, credit, name)
+
+
+def _require(scores: TeacherScores, credit: str, name: str) -> None:
     if credit == "policy_gradient":
         if scores.sampled_logprobs is None:
             raise TeacherScoreError(

@@ -7,6 +7,7 @@
 """
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -29,11 +30,21 @@ class OnPolicyDistillScriptArguments(GRPOScriptArguments):
 
     Args:
         teacher_model (`str`, *optional*):
-            Path, hub id, `base` (the student without its adapter) or `adapter:NAME`.
+            Path, hub id, `base` (the student without its adapter), `adapter:NAME`, `self`, `cache:DIR`, URLs separated
+            by commas, or a JSON object of these by the names in the dataset's `teacher` column.
+        teacher_view (`str`, *optional*):
+            Dotted import path of a function that makes the teacher's prompts (see [`OnPolicyDistillTrainer`]).
     """
 
     teacher_model: str | None = field(
-        default=None, metadata={"help": "Teacher: a path, a hub id, 'base' or 'adapter:NAME'."}
+        default=None,
+        metadata={
+            "help": "Teacher: a path, a hub id, 'base', 'adapter:NAME', 'self', 'cache:DIR', URLs separated by "
+            "commas, or a JSON object of these by the names in the dataset's 'teacher' column."
+        },
+    )
+    teacher_view: str | None = field(
+        default=None, metadata={"help": "Import path of a function that makes the teacher's prompts."}
     )
 
 
@@ -41,19 +52,33 @@ def load_reward(name: str) -> str | Callable:
     """A reward function by its name in `trl.rewards` or its dotted import path; a model's path stays a string."""
     if hasattr(trl_rewards, name):
         return getattr(trl_rewards, name)
+    return load_object(name, "reward_funcs must hold names of trl.rewards or dotted import paths")
+
+
+def load_object(name: str, rule: str) -> Any:
+    """What a dotted import path names, the working directory included; `rule` begins the message if it fails."""
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ValueError(
-            f"reward_funcs must hold names of trl.rewards or dotted import paths, got {name!r}. It cannot be "
-            "imported. Write it as 'my_module.my_reward'."
-        )
+        raise ValueError(f"{rule}, got {name!r}. It cannot be imported. Write it as 'my_module.my_function'.")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"reward_funcs must hold names of trl.rewards or dotted import paths, got {name!r}: {error}. Run from the "
-            "folder that holds the module, or install it."
+            f"{rule}, got {name!r}: {error}. Run from the folder that holds the module, or install it."
+        ) from error
+
+
+def parse_teacher(teacher_model: Any) -> Any:
+    """The `teacher_model` of a command line or YAML file: a JSON object becomes a dict."""
+    if not isinstance(teacher_model, str) or not teacher_model.lstrip().startswith("{"):
+        return teacher_model
+    try:
+        return json.loads(teacher_model)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"teacher_model must be a name or a JSON object, got {teacher_model!r}: {error}. Write it as "
+            '\'{"math": "path/of/one", "code": "path/of/another"}\'.'
         ) from error
 
 
@@ -87,10 +112,14 @@ def main(argv: list[str] | None = None) -> None:
     rewards: list[str | Callable] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
+    view = None
+    if script_args.teacher_view:
+        view = load_object(script_args.teacher_view, "teacher_view must be a dotted import path")
     dataset = load_splits(script_args, mixture)
     trainer = OnPolicyDistillTrainer(
         model=model_args.model_name_or_path,
-        teacher_model=script_args.teacher_model,
+        teacher_model=parse_teacher(script_args.teacher_model),
+        teacher_view=view,
         reward_funcs=rewards or None,
         args=args,
         train_dataset=dataset[script_args.dataset_train_split],

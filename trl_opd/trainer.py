@@ -1,21 +1,24 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """`OnPolicyDistillTrainer`: wiring between GRPOTrainer, the teacher, and the fused divergence."""
 
+import os
 import textwrap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .alarms import BadScore, describe, stop_together
-from .collators import TeacherScores, collate_teacher_batch
+from .collators import Scores
 from .config import OnPolicyDistillConfig
 from .credit import sampled_advantages
 from .heads import add_head_branch
@@ -30,10 +33,22 @@ from .preflight import (
     check_sources,
     check_student,
     check_teacher,
+    check_teacher_columns,
     needs_per_token_grad,
 )
-from .student import MicroBatch, StudentOutput, distillation_head, find_bad_loss, find_bad_token, require_scores
-from .teachers.base import ask, find_bad_score, resolve_teacher, teacher_name
+from .student import (
+    MicroBatch,
+    StudentOutput,
+    distillation_head,
+    find_bad_loss,
+    find_bad_token,
+    sampled_answer,
+)
+from .teacher_side import TeacherSide
+from .teachers import resolve_teacher
+from .teachers.answers import is_dense
+from .teachers.base import leaves, teacher_name
+from .views import TeacherView
 from .weighting import mask_token_ids, reduction_weights, special_token_ids
 
 
@@ -68,15 +83,25 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             The student.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `Callable`, *optional*):
             The teacher: a path or hub id (loaded with `args.teacher_model_init_kwargs`), an instantiated model,
-            `"base"` (the student without its adapter), `"adapter:NAME"` (the student with another of its adapters), or
-            any callable that satisfies [`teachers.Teacher`].
+            `"base"` (the student without its adapter), `"adapter:NAME"` (the student with another of its adapters),
+            `"self"` (the student, see `args.teacher_sync`), one or several URLs of vLLM or SGLang servers of one
+            model, `"cache:DIR"` (scores that `trl-opd score` wrote), a dict of these by the names in the dataset's
+            `teacher` column, or any callable that satisfies [`teachers.Teacher`], such as a
+            [`teachers.MixtureTeacher`].
         reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
             As in [`~trl.GRPOTrainer`]. With a teacher, the loss is `reward_coef` · GRPO's + `distill_coef` ·
             distillation; without one it is GRPO's.
         args ([`OnPolicyDistillConfig`] or [`~trl.GRPOConfig`], *optional*):
             Configuration. A `GRPOConfig` is promoted, keeping all its fields.
-        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's tokenizer or processor, to compare with the student's where none lies at the teacher's path.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or `dict`, *optional*):
+            The teacher's tokenizer or processor, where none lies at the teacher's path: to compare with the student's,
+            and to render the teacher's prompts. A dict by the teachers' names where they are a dict.
+        teacher_view (`Callable`, *optional*):
+            `teacher_view(example, completion, reward, group)` → the prompt that the teacher sees before this
+            completion (text or messages), or `None` to leave the sample out of the distillation. Called once a
+            rollout with its dataset row, its completion as reward functions get it, its summed reward (`None` without
+            reward functions), and `{"completion", "reward"}` of the other completions of its prompt. Without it, the
+            dataset's column `teacher_prompt` is used, and where there is none the student's own prompt.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`].
@@ -120,15 +145,23 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         tools: list[Callable] | None = None,
         rollout_func: Any = None,
         environment_factory: Any = None,
-        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_processing_class: "PreTrainedTokenizerBase | ProcessorMixin | dict[str, Any] | None" = None,
+        teacher_view: TeacherView | None = None,
     ):
         args = self._promote(args, model)
         teacher = None
         if teacher_model is not None:
-            teacher = resolve_teacher(teacher_model, args.teacher_model_init_kwargs or {}, args.trust_remote_code)  # type: ignore[arg-type]
+            teacher = resolve_teacher(
+                teacher_model,
+                args.teacher_model_init_kwargs,  # type: ignore[arg-type]
+                args.trust_remote_code,
+                memory=args.teacher_memory,
+                sync=args.teacher_syncing,
+            )
         check_sources(args, teacher, reward_funcs, environment_factory)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(dataset, name, environment_factory)
+            check_teacher_columns(dataset, name, teacher, teacher_view)
         check_peft(peft_config, model)
         check_adapter(teacher, model, peft_config)
         no_rewards = reward_funcs is None or reward_funcs == []
@@ -136,7 +169,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             check_student(model)
             check_mix(args, not no_rewards)
             check_masked_tokens(args, model, processing_class)
-        self._vocab_size = check_teacher(teacher, model, args, processing_class, teacher_processing_class)
+        self.shared_vocab_size, teacher_tokenizers = check_teacher(
+            teacher, model, args, processing_class, teacher_processing_class
+        )
 
         self.teacher: Any = teacher
         self._micro_batch: MicroBatch | None = None
@@ -167,15 +202,16 @@ class OnPolicyDistillTrainer(GRPOTrainer):
                 del sources[0]
             self.reward_weights: Tensor = self.reward_weights[1:]
             check_reward_group(args)
-        self._has_rewards = self.reward_funcs != [no_reward]
-        check_mix(args, self._has_rewards)
-        self._needs_per_token_grad = needs_per_token_grad(args, self._has_rewards)
+        self.has_rewards = self.reward_funcs != [no_reward]
+        check_mix(args, self.has_rewards)
+        self._needs_per_token_grad = needs_per_token_grad(args, self.has_rewards)
         self._masked_ids = special_token_ids(args.special_token_masking or [], self._tokenizer)
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_head_branch(student, args.cast_lm_head_to_fp32)
         self._suppress_unshared_tokens(student)
         if hasattr(teacher, "prepare"):
             teacher.prepare(self)
+        self._teacher_side = TeacherSide(self, teacher, teacher_tokenizers, teacher_view)
 
     @staticmethod
     def _promote(args: GRPOConfig | None, model: Any) -> OnPolicyDistillConfig:
@@ -189,42 +225,38 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _suppress_unshared_tokens(self, student: PreTrainedModel) -> None:
         """Keep the student from sampling vocabulary padding that the teacher has no entry for."""
         size = student.config.get_text_config().vocab_size
-        if self._vocab_size is None or self._vocab_size >= size or self.use_vllm:
+        if self.shared_vocab_size is None or self.shared_vocab_size >= size or self.use_vllm:
             return
-        suppressed = [*(self.generation_config.suppress_tokens or []), *range(self._vocab_size, size)]
+        suppressed = [*(self.generation_config.suppress_tokens or []), *range(self.shared_vocab_size, size)]
         self.generation_config.suppress_tokens = suppressed
         self.generation_kwargs["suppress_tokens"] = suppressed
 
     # Rollouts: GRPO's own, with the teacher's side added to the batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
         if self.teacher is None:
-            return output
-        if self._has_rewards:
+            return super()._generate_and_score_completions(inputs)
+        self._teacher_side.begin(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        if self.has_rewards:
             output["advantages"] = output["advantages"] * self.args.reward_coef
         else:
             self._forget_placeholder()
-        mask = self._distill_mask(output)
-        output["num_distill_tokens"] = self.accelerator.gather(mask.sum()).sum().float()
-        if not getattr(self.teacher, "scores_in_loss", False):
-            output.update(self._ask_once(output, mask, inputs).to_inputs())
+        self._teacher_side.finish(output)
+        output["num_distill_tokens"] = self.accelerator.gather(self.distill_mask(output).sum()).sum().float()
         return output
 
-    def _ask_once(self, output: dict[str, Any], mask: Tensor, examples: list[dict[str, Any]]) -> TeacherScores:
-        """The teacher's answer to a generation batch. A failure of any kind stops all processes."""
-        scores = TeacherScores()
-        problem: BadScore | Exception | None = None
-        try:
-            scores = ask(self.teacher, self._teacher_batch(output, mask, examples=examples), self._student_vocab_size)
-            require_scores(scores, self.args.credit, teacher_name(self.teacher))
-            if scores.hidden_states is not None:
-                raise TypeError("hidden states are too large to keep: set scores_in_loss = True on the teacher")
-            problem = find_bad_score(scores, mask)
-        except Exception as error:  # of whatever kind: the other processes wait for this one
-            problem = error
-        self._stop_on(problem, output)
-        return scores
+    def _generate(self, prompts: list) -> tuple:
+        rollouts = super()._generate(prompts)
+        if self.teacher is not None:
+            self._teacher_side.note_rollouts(prompts, rollouts)
+        return rollouts
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        if self.teacher is not None:
+            self._teacher_side.note_rewards(rewards_per_func)
+        return rewards_per_func
 
     def _forget_placeholder(self) -> None:
         mode = "train" if self.model.training else "eval"
@@ -237,25 +269,18 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         """Tokens of GRPO's loss, without vocabulary padding that an engine may have sampled."""
         mask = inputs["completion_mask"]
         mask = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
-        return mask if self._vocab_size is None else mask & (inputs["completion_ids"] < self._vocab_size)
+        return mask if self.shared_vocab_size is None else mask & (inputs["completion_ids"] < self.shared_vocab_size)
 
-    def _distill_mask(self, inputs: dict[str, Any]) -> Tensor:
-        return mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
+    def distill_mask(self, inputs: dict[str, Any]) -> Tensor:
+        """Tokens that are distilled: of GRPO's loss, without masked tokens and left-out samples, `(B, T)`."""
+        mask = mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
+        return mask if "teacher_skipped" not in inputs else mask & (inputs["teacher_skipped"] == 0)[:, None]
 
     @property
-    def _student_vocab_size(self) -> int:
-        return self._vocab_size or self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
-
-    def _teacher_batch(self, inputs: dict[str, Any], mask: Tensor, **extra: Any):
-        return collate_teacher_batch(
-            inputs,
-            mask,
-            vocab_size=self._vocab_size,
-            temperature=self.args.divergence_temperature,
-            support=self.args.support,
-            support_size=self.args.support_size,
-            **extra,
-        )
+    def student_vocab_size(self) -> int:
+        """Ids that the student knows and the teacher may name."""
+        size = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        return self.shared_vocab_size or size
 
     # Loss: GRPO's own, around one run of the student through the distillation head
 
@@ -268,18 +293,18 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, batch.inputs)
         finally:
             self._micro_batch = None
-        if self.num_iterations > 1 and self.model.training:
+        if self.num_iterations > 1 and self.model.training and not getattr(self.teacher, "changes", False):
             inputs["teacher_scores"] = batch.scores  # the buffered batch comes again: the teacher need not
         if not self._needs_per_token_grad and self.args.credit == "direct":
             self._forget_surrogate()
         if batch.output is None:  # policy gradient: the distillation is inside the advantages
             return loss
         assert batch.output.loss is not None
-        add_direct(self._mode_metrics, batch, batch.output, self._accumulation)
+        add_direct(self.mode_metrics, batch, batch.output, self.accumulation)
         return loss + self.args.distill_coef * batch.output.loss
 
     def _make_micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
-        mask = self._distill_mask(inputs)
+        mask = self.distill_mask(inputs)
         weights = self._reduction_weights(mask, inputs["num_distill_tokens"])
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:
@@ -291,7 +316,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)
             if not self._needs_per_token_grad:  # nor is there a surrogate
                 del inputs["old_per_token_logps"]
-        return MicroBatch(inputs, loss_mask, mask, weights, TeacherScores.from_inputs(inputs))
+        return MicroBatch(inputs, loss_mask, mask, weights, inputs.get("teacher_scores"))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         batch = self._micro_batch
@@ -318,15 +343,15 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             batch,
             scores,
             self.args,
-            vocab_size=self._vocab_size,
+            vocab_size=self.shared_vocab_size,
             per_token_grad=self._needs_per_token_grad,
             overlap_top_k=self.args.overlap_top_k if self._is_logged else 0,
         )
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output
-        if scores.hidden_states is not None:
+        if is_dense(scores):
             bad = find_bad_token(output, batch.distill_mask)
-            self._stop_on(find_bad_loss(output) if bad is None else bad, batch.inputs)
+            self.stop_on(find_bad_loss(output) if bad is None else bad, batch.inputs)
         log_probs, entropy = output.log_probs, output.entropy
         assert log_probs is not None and entropy is not None
         if not self._needs_per_token_grad:
@@ -336,32 +361,27 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _policy_gradient_forward(
         self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
     ) -> Any:
-        scores = self._scores(batch, model_inputs)
-        self._stop_on(find_bad_score(scores, batch.distill_mask), batch.inputs)
+        self._scores(batch, model_inputs)
         return model(**model_inputs, labels=labels, fused_lm_head=True)
 
-    def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> TeacherScores:
-        """The teacher's answer: from the buffered batch, or asked for now."""
-        if batch.scores is not None:
-            return batch.scores
-        further = {k: v for k, v in model_inputs.items() if k not in ("input_ids", "attention_mask")}
-        further.pop("output_router_logits", None)
-        question = self._teacher_batch(batch.inputs, batch.distill_mask, model_inputs=further)
-        scores = ask(self.teacher, question, self._student_vocab_size)
-        require_scores(scores, self.args.credit, teacher_name(self.teacher))
-        batch.scores = scores
-        return scores
+    def _scores(self, batch: MicroBatch, model_inputs: dict[str, Any]) -> Scores:
+        """The teacher's answer, unless it waits from an earlier pass over the buffered batch."""
+        if batch.scores is None:
+            own = ("input_ids", "attention_mask", "output_router_logits")
+            further = {k: v for k, v in model_inputs.items() if k not in own}
+            batch.scores = self._teacher_side.answer(batch.inputs, batch.distill_mask, further)
+        return batch.scores
 
     def _set_advantages(self, batch: MicroBatch, logps: Tensor, entropies: Tensor) -> None:
-        assert batch.scores is not None and batch.scores.sampled_logprobs is not None
+        assert batch.scores is not None
         inputs, mask = batch.inputs, batch.distill_mask
         student = inputs["old_per_token_logps"] if "old_per_token_logps" in inputs else logps.detach()
-        teacher = batch.scores.sampled_logprobs
+        teacher = sampled_answer(batch.scores, mask.shape)
         advantages = sampled_advantages(student, teacher, mask, self.args.discount, self.args.advantage_clip)
         add_policy_gradient(
-            self._mode_metrics, batch, logps.detach(), teacher, entropies, advantages, self._accumulation
+            self.mode_metrics, batch, logps.detach(), teacher, entropies, advantages, self.accumulation
         )
-        rewards = inputs["advantages"][:, None] if self._has_rewards else 0.0
+        rewards = inputs["advantages"][:, None] if self.has_rewards else 0.0
         inputs["advantages"] = self.args.distill_coef * self._mask_ratio(batch) * advantages + rewards
 
     def _reduction_weights(self, mask: Tensor, num_items: Tensor) -> Tensor:
@@ -371,22 +391,27 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             num_items=num_items,
             num_processes=self.accelerator.num_processes,
             max_completion_length=self.max_completion_length,
-            accumulation=self._accumulation,
+            accumulation=self.accumulation,
             steps_per_generation=self.args.steps_per_generation if self.model.training else 1.0,
         )
 
     def _mask_ratio(self, batch: MicroBatch) -> Tensor | float:
         """GRPO's surrogate divides by all of its tokens: what brings it to a mean over those that are distilled."""
-        if not self._masked_ids and self._vocab_size is None:
+        if not self._masked_ids and self.shared_vocab_size is None and "teacher_skipped" not in batch.inputs:
             return 1.0
         ours = self._reduction_weights(batch.distill_mask, batch.inputs["num_distill_tokens"])
         return ours / self._reduction_weights(batch.loss_mask, batch.inputs["num_items_in_batch"]).clamp(min=1e-30)
 
     # Alarms and metrics
 
-    def _stop_on(self, bad: BadScore | Exception | str | None, inputs: dict[str, Any]) -> None:
+    def stop_on(self, bad: BadScore | Exception | str | None, inputs: dict[str, Any]) -> None:
+        """Stop all processes, with a checkpoint, if one of them has a problem. All must call it together."""
         problem = describe(bad, inputs, self._tokenizer) if isinstance(bad, tuple) else bad
         stop_together(self, teacher_name(self.teacher), problem)
+
+    def add_wait(self, seconds: float, steps: float) -> None:
+        """Seconds that `steps` optimizer steps waited for a teacher: `distill/teacher_wait`, a mean over steps."""
+        self.mode_metrics.add_sum("distill/teacher_wait", torch.tensor(seconds, dtype=torch.float64), steps)
 
     def _forget_surrogate(self) -> None:
         """Drop the clip ratios of a surrogate without advantages (and the entropy, where Liger did not compute it)."""
@@ -398,7 +423,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             del metrics[key]
 
     @property
-    def _mode_metrics(self) -> TokenMetrics:
+    def mode_metrics(self) -> TokenMetrics:
+        """Those of training or of evaluation, whichever runs."""
         return self._token_metrics["train" if self.model.training else "eval"]
 
     @property
@@ -410,8 +436,22 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         return step % every == 0 or step == self.state.max_steps or (step == 1 and self.args.logging_first_step)
 
     @property
-    def _accumulation(self) -> float:
+    def accumulation(self) -> float:
+        """Micro-batches of the optimizer step that is being made; 1 in evaluation."""
         return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        for teacher in leaves(self.teacher):  # before the rest, so that a checkpoint that looks whole has it
+            if hasattr(teacher, "save_state"):
+                teacher.save_state(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for teacher in leaves(self.teacher):
+            if checkpoint is not None and hasattr(teacher, "load_state"):
+                teacher.load_state(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

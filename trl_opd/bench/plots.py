@@ -31,7 +31,7 @@ _PHASE_COLOURS = {
 }
 
 
-def _figure(width: float, height: float) -> "Figure | None":
+def new_figure(width: float, height: float) -> "Figure | None":
     """A figure with a canvas of its own: no pyplot, so no global state and no display."""
     if importlib.util.find_spec("matplotlib") is None:
         print("No figure was drawn: matplotlib is not installed (pip install 'trl-opd[plots]').")
@@ -63,7 +63,7 @@ def _label(shape: tuple[Any, ...]) -> str:
 
 
 def _bars(cells: Mapping[tuple[Any, ...], Mapping[str, Any]], result: Mapping[str, Any], path: str) -> bool:
-    figure = _figure(11, 0.8 + 2.6 * max(1, len(cells)))
+    figure = new_figure(11, 0.8 + 2.6 * max(1, len(cells)))
     if figure is None:
         return False
     panels = figure.subplots(max(1, len(cells)), 2, squeeze=False)
@@ -91,7 +91,7 @@ def _bars(cells: Mapping[tuple[Any, ...], Mapping[str, Any]], result: Mapping[st
 
 def _dots(cells: Mapping[tuple[Any, ...], Mapping[str, Any]], result: Mapping[str, Any], path: str) -> bool:
     shown = {shape: named for shape, named in cells.items() if "median_s" in named.get("gemms", {})}
-    figure = _figure(10, 1.6 + 0.17 * len(shown))
+    figure = new_figure(10, 1.6 + 0.17 * len(shown))
     if figure is None:
         return False
     axes = figure.subplots()
@@ -117,7 +117,7 @@ def _dots(cells: Mapping[tuple[Any, ...], Mapping[str, Any]], result: Mapping[st
 def plot_step(result: Mapping[str, Any], path: str) -> bool:
     """Draw a result of `trl-opd bench step`: where a step's seconds go. Returns whether it was drawn."""
     rows = [row for row in result["rows"] if "phases" in row]
-    figure = _figure(10, 1.4 + 0.55 * len(rows))
+    figure = new_figure(10, 1.4 + 0.55 * len(rows))
     if figure is None:
         return False
     axes = figure.subplots()

@@ -2,7 +2,19 @@
 """Who answers: teachers, one idea a file."""
 
 from .adapter import AdapterTeacher
-from .base import Teacher, TeacherScoreError, resolve_teacher
+from .answers import TeacherScoreError
+from .base import Teacher
 from .local import LocalTeacher
+from .resolve import resolve_teacher
+from .routed import RoutedTeacher
+from .self_teacher import SelfTeacher
 
-__all__ = ["AdapterTeacher", "LocalTeacher", "Teacher", "TeacherScoreError", "resolve_teacher"]
+__all__ = [
+    "AdapterTeacher",
+    "LocalTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "TeacherScoreError",
+    "resolve_teacher",
+]

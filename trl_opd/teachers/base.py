@@ -1,15 +1,35 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
-"""The protocol of a teacher, how the `teacher_model=` argument becomes one, and the check of its answers."""
+"""The protocol of a teacher, and how the trainer asks one."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..collators import TeacherBatch, TeacherScores
-from ..kernels.supports import repeated_id
+from ..collators import MixedScores, RoutedScores, Scores, TeacherBatch, TeacherScores
+from .answers import check_answer
+
+
+class PendingScores(Protocol):
+    """Answers to a generation batch that are on their way."""
+
+    def collect(self, rows: Tensor, batch: TeacherBatch) -> Scores:
+        """
+        Wait for the answers about some sequences of that batch. May be called again with the same rows.
+
+        Args:
+            rows (`torch.Tensor`): Their indices in the generation batch, `(R,)`, on any device.
+            batch ([`TeacherBatch`]): The same R sequences as a batch of their own.
+
+        Returns:
+            [`TeacherScores`] of R rows and the generation batch's T tokens, on any device.
+
+        Raises:
+            TeacherScoreError: If the teacher failed; the message names it.
+        """
+        ...
 
 
 @runtime_checkable
@@ -21,16 +41,19 @@ class Teacher(Protocol):
     Optional attributes and methods that the trainer uses if they are there:
     - `name` (`str`): how error messages call it.
     - `prepare(trainer)`: called once, when the student is on its device and wrapped by accelerate's configuration.
+    - `submit(batch)`: called once with each generation batch, returns [`PendingScores`] or `None`. The answers are
+      collected micro-batch by micro-batch, when the loss needs them. With `None`, or without this method, the teacher
+      is called: with each generation batch, or inside the loss if `scores_in_loss`.
+    - `asynchronous` (`bool`): `submit` returns at once, so it is called as soon as the completions exist.
     - `scores_in_loss` (`bool`): score each micro-batch inside the loss instead of each generation batch once. Needed
       for hidden states, which are too large to keep.
+    - `changes` (`bool`): its weights move during the run, so answers are not kept over GRPO's `num_iterations`.
     - `vocab_size` (`int`): number of ids it knows.
+    - `max_length` (`int`): longest prompt and completion that it takes.
+    - `members` (`Sequence[Teacher]`): the teachers that it is made of.
     """
 
-    def __call__(self, batch: TeacherBatch) -> "TeacherScores | Tensor": ...
-
-
-class TeacherScoreError(RuntimeError):
-    """A teacher's scores cannot be trained on; no step was taken with them."""
+    def __call__(self, batch: TeacherBatch) -> "Scores | Tensor": ...
 
 
 def teacher_name(teacher: object) -> str:
@@ -38,137 +61,100 @@ def teacher_name(teacher: object) -> str:
     return getattr(teacher, "name", None) or getattr(teacher, "__name__", None) or type(teacher).__name__
 
 
-def resolve_teacher(teacher_model: Any, init_kwargs: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+def leaves(teacher: Any) -> Iterator[Any]:
+    """The teachers that `teacher` is made of, itself if it is one."""
+    members = getattr(teacher, "members", None)
+    if members is None:
+        yield teacher
+        return
+    for member in members:
+        yield from leaves(member)
+
+
+@dataclass
+class AnsweredScores:
+    """[`PendingScores`] of a teacher that has answered."""
+
+    scores: TeacherScores | MixedScores
+
+    def collect(self, rows: Tensor, batch: TeacherBatch) -> Scores:
+        return self.scores.select(rows)
+
+
+def submit(teacher: Any, batch: TeacherBatch, vocab_size: int | None = None) -> PendingScores | None:
     """
-    Turn the `teacher_model=` argument into a [`Teacher`].
-
-    Args:
-        teacher_model:
-            Path or hub id; `"base"` (the student without its adapter) or `"adapter:NAME"`; a model; any callable.
-        init_kwargs (`Mapping[str, Any]`): For `from_pretrained`.
-        trust_remote_code (`bool`): Likewise.
-
-    Raises:
-        ValueError, TypeError: If it is none of these.
-    """
-    from .adapter import AdapterTeacher
-    from .local import LocalTeacher
-
-    if isinstance(teacher_model, str):
-        if teacher_model == "base" or teacher_model.startswith("adapter:"):
-            return AdapterTeacher.from_string(teacher_model)
-        if teacher_model.startswith(("http://", "https://")):
-            raise ValueError(
-                f"teacher_model must be a path, a hub id, 'base', 'adapter:NAME', a model or a callable, got the URL "
-                f"{teacher_model!r}. This version has no client for teacher servers. Pass a callable that asks the "
-                "server and returns TeacherScores."
-            )
-        return LocalTeacher(teacher_model, **{"trust_remote_code": trust_remote_code, **init_kwargs})
-    if isinstance(teacher_model, nn.Module) and hasattr(teacher_model, "config"):
-        if init_kwargs:
-            raise ValueError(
-                "teacher_model_init_kwargs must be unset when teacher_model is an instantiated model. They would be "
-                "ignored. Load the model with them yourself, or pass its path."
-            )
-        return LocalTeacher(teacher_model)
-    if callable(teacher_model):
-        return teacher_model
-    raise TypeError(
-        f"teacher_model must be a path, a hub id, 'base', 'adapter:NAME', a model or a callable, got "
-        f"{type(teacher_model).__name__}."
-    )
-
-
-def ask(teacher: Any, batch: TeacherBatch, vocab_size: int | None = None) -> TeacherScores:
-    """
-    Ask a teacher, without gradient, and check the form of its answer.
+    Ask a teacher about a generation batch; `None` if it wants to be asked inside the loss.
 
     Args:
         teacher ([`Teacher`]): Who is asked.
         batch ([`TeacherBatch`]): The question.
         vocab_size (`int`, *optional*): Ids that the student knows.
     """
+    if hasattr(teacher, "submit"):
+        with torch.no_grad():
+            pending = teacher.submit(batch)
+        if pending is not None:
+            return pending
+    if getattr(teacher, "scores_in_loss", False):
+        return None
+    scores = ask(teacher, batch, vocab_size)
+    if isinstance(scores, RoutedScores):
+        raise TypeError(f"Teacher {teacher_name(teacher)!r} must route by submit(), or set scores_in_loss = True.")
+    members = scores.members if isinstance(scores, MixedScores) else [scores]
+    if any(member.hidden_states is not None for member in members):
+        raise TypeError("hidden states are too large to keep: set scores_in_loss = True on the teacher")
+    return AnsweredScores(scores)
+
+
+def collect(
+    teacher: Any, pending: PendingScores | None, rows: Tensor, batch: TeacherBatch, vocab_size: int | None = None
+) -> Scores:
+    """
+    The answer about a micro-batch: waited for if it was asked for, else asked for now.
+
+    Args:
+        teacher ([`Teacher`]): Who is asked.
+        pending ([`PendingScores`], *optional*): What [`submit`] returned.
+        rows (`torch.Tensor`): Indices of the sequences in the generation batch, `(R,)`.
+        batch ([`TeacherBatch`]): The question about these R sequences.
+        vocab_size (`int`, *optional*): Ids that the student knows.
+    """
+    if pending is None:
+        return ask(teacher, batch, vocab_size)
+    with torch.no_grad():
+        scores = pending.collect(rows, batch)
+    return scores if isinstance(pending, AnsweredScores) else check_scores(scores, batch, teacher, vocab_size)
+
+
+def ask(teacher: Any, batch: TeacherBatch, vocab_size: int | None = None) -> Scores:
+    """Ask a teacher now, without gradient, and check the form of its answer."""
     with torch.no_grad():
         scores = teacher(batch)
+    return check_scores(scores, batch, teacher, vocab_size)
+
+
+def check_scores(scores: Any, batch: TeacherBatch, teacher: Any, vocab_size: int | None) -> Scores:
+    """
+    The answer with its tensors on the batch's device and nothing but padding where nothing was asked.
+
+    Raises:
+        TypeError, TeacherScoreError: If its form or its values cannot be those of log-probs.
+    """
+    name = teacher_name(teacher)
+    if isinstance(scores, RoutedScores):
+        for part, (rows, answer) in scores.parts.items():
+            _check(answer, batch.completion_ids[rows], batch.completion_mask[rows], part, vocab_size)
+        return scores
     if isinstance(scores, Tensor):
         scores = TeacherScores(sampled_logprobs=scores)
-    name = teacher_name(teacher)
-    if not isinstance(scores, TeacherScores):
+    if not isinstance(scores, (TeacherScores, MixedScores)):
         raise TypeError(f"Teacher {name!r} must return TeacherScores or a tensor, got {type(scores).__name__}.")
-    if scores.hidden_states is None and scores.topk_ids is None and scores.sampled_logprobs is None:
-        raise TeacherScoreError(
-            f"Teacher {name!r} must return scores, got none. Return hidden_states with their head, topk_ids with "
-            "topk_logprobs, or sampled_logprobs."
-        )
-    if scores.hidden_states is not None and scores.head is None:
-        raise TeacherScoreError(f"Teacher {name!r} must return hidden_states and head together.")
-    shape = tuple(batch.completion_ids.shape)
-    for key in ("hidden_states", "topk_ids", "topk_logprobs", "sampled_logprobs"):
-        value = getattr(scores, key)
-        if value is None:
-            continue
-        if tuple(value.shape[:2]) != shape or value.dim() != (2 if key == "sampled_logprobs" else 3):
-            raise TeacherScoreError(
-                f"Teacher {name!r} returned {key} of shape {tuple(value.shape)} for completions of shape {shape}. "
-                "Partial scores are never trained on. Return one row per sequence and one entry per completion token."
-            )
-        value = value.to(batch.completion_ids.device).detach()
-        if key == "topk_ids" and scores.topk_logprobs is not None and value.shape != scores.topk_logprobs.shape:
-            raise TeacherScoreError(
-                f"Teacher {name!r} returned topk_ids of shape {tuple(value.shape)} and topk_logprobs of shape "
-                f"{tuple(scores.topk_logprobs.shape)}. Return one log-prob for each id; ids below 0 are padding."
-            )
-        # A score that is not asked for may be anything: with a weight of 0 a NaN would still be one
-        keep = batch.completion_mask if value.dim() == 2 else batch.completion_mask[..., None]
-        if key == "topk_ids":
-            value = torch.where(keep, value, torch.arange(value.shape[-1], device=value.device))
-        else:
-            value = value.masked_fill(~keep, 0.0 if key != "topk_logprobs" else -math.log(2 * value.shape[-1]))
-        if key != "hidden_states":
-            _check_values(name, key, value, vocab_size)
-        setattr(scores, key, value)
-    if (scores.topk_ids is None) != (scores.topk_logprobs is None):
-        raise TeacherScoreError(f"Teacher {name!r} must return topk_ids and topk_logprobs together.")
+    _check(scores, batch.completion_ids, batch.completion_mask, name, vocab_size)
     return scores
 
 
-def _check_values(name: str, key: str, value: Tensor, vocab_size: int | None) -> None:
-    """Refuse what cannot be log-probs, and a support that the student does not know."""
-    if key == "topk_ids":
-        known = (value >= 0) if vocab_size is None else (value >= 0) & (value < vocab_size)
-        if not known.any(-1).all():
-            raise TeacherScoreError(
-                f"Teacher {name!r} returned topk_ids (up to {int(value.max())}) of which some token has none in the "
-                f"student's vocabulary of {vocab_size}. There is nothing to compare. Use a teacher of the same "
-                "tokenizer, and pad with ids below 0 beside at least one real id."
-            )
-        repeated = repeated_id(value, vocab_size)
-        if repeated is not None:
-            raise TeacherScoreError(
-                f"Teacher {name!r} returned topk_ids with {repeated} twice for one token. Its probability would count "
-                "twice. Return each id once, and pad with ids below 0."
-            )
-    elif bool(((value > 1e-2) & torch.isfinite(value)).any()):  # `find_bad_score` names the sample of an infinity
-        raise TeacherScoreError(
-            f"Teacher {name!r} returned {key} of up to {float(value.max()):.3g}, but the logarithm of a probability "
-            "is at most 0. The student would be trained away from it. Return natural log-probs, not probabilities or "
-            "losses."
-        )
-
-
-def find_bad_score(scores: TeacherScores, mask: Tensor) -> tuple[int, int, float] | None:
-    """First `(sequence, token, value)` whose score is NaN or infinite where `mask` holds; `None` if all are finite."""
-    checks = []
-    if scores.sampled_logprobs is not None:
-        checks.append((scores.sampled_logprobs, ~torch.isfinite(scores.sampled_logprobs)))
-    if scores.topk_logprobs is not None:
-        assert scores.topk_ids is not None
-        real = scores.topk_ids >= 0
-        value = scores.topk_logprobs.float().masked_fill(~real, 0.0).sum(-1)
-        checks.append((value, ~torch.isfinite(value) | ~real.any(-1)))
-    for value, bad in checks:
-        where = (bad & mask).nonzero()
-        if where.numel():
-            row, token = where[0].tolist()
-            return row, token, float(value[row, token])
-    return None
+def _check(
+    scores: TeacherScores | MixedScores, completion_ids: Tensor, mask: Tensor, name: str, vocab_size: int | None
+) -> None:
+    for member in scores.members if isinstance(scores, MixedScores) else [scores]:
+        check_answer(member, completion_ids, mask, name, vocab_size)
