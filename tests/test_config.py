@@ -248,6 +248,18 @@ BAD = [
     ({"support": "student_top_k", "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
     ({"support": "intersection_top_k", "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
     ({**SAMPLED, "loss_backend": "liger"}, ["loss_backend must be", "'liger'"]),
+    ({"teacher_sync": "emma"}, ["teacher_sync must be", "'emma'", "Did you mean 'ema'?"]),
+    ({"teacher_sync_steps": 0}, ["teacher_sync_steps must be a whole number of at least 1", "got 0"]),
+    ({"teacher_sync_steps": None}, ["teacher_sync_steps must be a whole number", "got None"]),
+    ({"teacher_sync": "ema", "teacher_sync_rate": 0.0}, ["teacher_sync_rate must be in (0, 1]", "got 0.0"]),
+    ({"teacher_sync": "live", "teacher_sync_rate": 0.1}, ["teacher_sync_rate", "teacher_sync='ema'", "'live'"]),
+    ({"teacher_sync": "frozen", "teacher_sync_steps": 10}, ["teacher_sync_steps", "'ema' or 'every_n'", "'frozen'"]),
+    ({"teacher_chat_template": "teacher"}, ["teacher_chat_template must be", "Valid: own, student"]),
+    ({"teacher_overflow": "truncate"}, ["teacher_overflow must be", "Valid: error, skip"]),
+    ({"teacher_max_length": 0}, ["teacher_max_length must be a whole number", "got 0"]),
+    ({"teacher_quantization": "int4"}, ["teacher_quantization must be", "Did you mean 'int8'?"]),
+    ({"teacher_offload": "disk"}, ["teacher_offload must be", "Valid: model, layers"]),
+    ({"teacher_batch_size": 1.5}, ["teacher_batch_size must be a whole number", "got 1.5"]),
     ({"loss_type": "dapoo"}, ["loss_type must be", "'dapoo'", "Did you mean 'dapo'?"]),
 ]  # fmt: skip
 

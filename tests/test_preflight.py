@@ -106,6 +106,26 @@ def test_a_student_path_that_does_not_exist_is_refused(build, saved):
     assert "does not exist" in message
 
 
+@pytest.mark.parametrize(
+    ("fields", "teacher", "message"),
+    [
+        ({"teacher_sync": "ema"}, "teacher", "teacher_sync must be 'frozen' unless teacher_model='self', got 'ema'"),
+        ({"teacher_offload": "layers"}, "self", "teacher_offload must be unset"),
+        ({"teacher_batch_size": 2}, lambda batch: None, "teacher_batch_size must be unset"),
+    ],
+)
+def test_fields_of_another_kind_of_teacher_are_refused(build, saved, fields, teacher, message):
+    teacher = str(saved / teacher) if teacher == "teacher" else teacher
+    assert message in error_of(build, fields, teacher_model=teacher)
+
+
+@pytest.mark.parametrize("teachers", [{"a": "self"}, {"a": lambda batch: None, "b": "self"}])
+def test_fields_of_one_of_several_teachers_are_accepted(build, teachers):
+    data = make_prompts().add_column("teacher", ["a"] * 16)
+    with pytest.raises(WeightsLoadedError):
+        build({"teacher_sync": "every_n", "teacher_sync_steps": 5}, teacher_model=teachers, train_dataset=data)
+
+
 def test_a_list_of_teachers_that_are_not_servers_is_refused_with_the_way_out(build):
     message = error_of(build, teacher_model=["http://localhost:8000", "some/model"])
     assert "teacher_model as a list must hold URLs" in message

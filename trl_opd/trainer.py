@@ -44,6 +44,7 @@ from .student import (
     find_bad_token,
     sampled_answer,
 )
+from .teacher_preflight import check_teacher_fields
 from .teacher_side import TeacherSide
 from .teachers import resolve_teacher
 from .teachers.answers import is_dense
@@ -159,6 +160,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
                 sync=args.teacher_syncing,
             )
         check_sources(args, teacher, reward_funcs, environment_factory)
+        check_teacher_fields(args, teacher)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(dataset, name, environment_factory)
             check_teacher_columns(dataset, name, teacher, teacher_view)
