@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PromptLearningConfig
 from torch import nn
@@ -14,9 +13,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 
 from .config import OnPolicyDistillConfig
 from .kernels.dispatch import why_not_triton
-from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher, SelfTeacher
-from .teachers.base import leaves
-from .vocabulary import as_tokenizer, shared_vocab_size
+from .vocabulary import as_tokenizer
 from .weighting import special_token_ids
 
 
@@ -135,17 +132,6 @@ def _targets_head(targets: Any) -> bool:
     return any(name.split(".")[-1] in ("lm_head", "embed_out") for name in targets or ())
 
 
-def check_adapter(teacher: object, model: Any, peft_config: PeftConfig | None) -> None:
-    """A teacher that is an adapter of the student needs a student that has it."""
-    for leaf in leaves(teacher):
-        if isinstance(leaf, AdapterTeacher):
-            has_adapters = isinstance(model, nn.Module) and is_peft_model(model)
-            adapters, active = (list(model.peft_config), model.active_adapters) if has_adapters else ([], [])
-            if peft_config is not None:
-                adapters, active = [*adapters, "default"], ["default"]
-            leaf.check_student(adapters, active)
-
-
 def check_path(path: str, what: str) -> None:
     """A string that looks like a path must be a model's folder."""
     path = os.path.expanduser(path)
@@ -167,11 +153,11 @@ def _load(auto: Any, path: str, kwargs: Mapping[str, Any]) -> Any:
         return None
 
 
-def _config_of(model: object, kwargs: Mapping[str, Any]) -> PretrainedConfig | None:
+def config_of(model: object, kwargs: Mapping[str, Any]) -> PretrainedConfig | None:
     return _load(AutoConfig, model, kwargs) if isinstance(model, str) else getattr(model, "config", None)
 
 
-def _tokenizer_of(model: object, config: PretrainedConfig | None, kwargs: Mapping[str, Any]) -> Any:
+def tokenizer_of(model: object, config: PretrainedConfig | None, kwargs: Mapping[str, Any]) -> Any:
     path = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
     if not path:
         return None
@@ -181,135 +167,21 @@ def _tokenizer_of(model: object, config: PretrainedConfig | None, kwargs: Mappin
     return None if made_up else tokenizer
 
 
-def _student_tokenizer(model: Any, args: OnPolicyDistillConfig, processing_class: object) -> Any:
-    kwargs = _student_kwargs(args)
-    return as_tokenizer(processing_class) or _tokenizer_of(model, _config_of(model, kwargs), kwargs)
+def student_tokenizer(model: Any, args: OnPolicyDistillConfig, processing_class: object) -> Any:
+    kwargs = student_kwargs(args)
+    return as_tokenizer(processing_class) or tokenizer_of(model, config_of(model, kwargs), kwargs)
 
 
-def _student_kwargs(args: OnPolicyDistillConfig) -> Mapping[str, Any]:
+def student_kwargs(args: OnPolicyDistillConfig) -> Mapping[str, Any]:
     return {"trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
 
 
 def check_masked_tokens(args: OnPolicyDistillConfig, model: Any, processing_class: object) -> None:
     """The tokens of `special_token_masking` must be tokens; a tokenizer that is not known yet is asked later."""
     if args.special_token_masking:
-        tokenizer = _student_tokenizer(model, args, processing_class)
+        tokenizer = student_tokenizer(model, args, processing_class)
         if tokenizer is not None:
             special_token_ids(args.special_token_masking, tokenizer)
-
-
-def check_teacher_columns(dataset: Any, name: str, teacher: object, view: object) -> None:
-    """The columns that routing needs, and one source of the teacher's prompts."""
-    if isinstance(dataset, (dict, DatasetDict, IterableDatasetDict)):
-        for split, part in dataset.items():
-            check_teacher_columns(part, f"{name}[{split!r}]", teacher, view)
-        return
-    columns = dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else None
-    if columns is None or teacher is None:
-        return
-    if isinstance(teacher, RoutedTeacher):
-        if teacher.column not in columns:
-            raise ValueError(
-                f"{name} must have a column {teacher.column!r} with a teacher_model that is a dict, got {columns}. It "
-                f"names each sample's teacher, one of {teacher.names}. Add it."
-            )
-        if isinstance(dataset, Dataset):
-            unknown = set(dataset.unique(teacher.column)) - set(teacher.names)
-            if unknown:
-                raise ValueError(
-                    f"The column {teacher.column!r} of {name} must name one of the teachers {teacher.names}, got "
-                    f"{sorted(map(str, unknown))[:5]}. Those samples would have no teacher. Add their teachers, or "
-                    "remove the samples."
-                )
-    if view is not None and "teacher_prompt" in columns:
-        raise ValueError(
-            f"{name} must not have a column 'teacher_prompt' beside teacher_view=, got {columns}. Both say what the "
-            "teacher sees. Remove one; teacher_view gets the row and may return row['teacher_prompt']."
-        )
-
-
-def check_teacher(
-    teacher: object,
-    model: Any,
-    args: OnPolicyDistillConfig,
-    processing_class: object,
-    teacher_processing_class: Any,
-) -> tuple[int | None, list[Any]]:
-    """
-    Compare the student's vocabulary with those of its teachers, as far as they are known.
-
-    Returns:
-        `int` or `None`: leading head entries to compare, `None` for all (or where nothing is known of the teacher).
-        `list`: The teacher's tokenizer (`None`: not known); of a [`RoutedTeacher`] one for each member.
-
-    Raises:
-        ValueError: If a path does not exist or the vocabularies differ.
-    """
-    if isinstance(model, str):
-        check_path(model, "model")
-    if teacher is None:
-        return None, []
-    routed = isinstance(teacher, RoutedTeacher)
-    members = list(zip(teacher.names, teacher.members, strict=True)) if routed else [(None, teacher)]  # type: ignore[attr-defined]
-    given = teacher_processing_class
-    if isinstance(given, Mapping):
-        unknown = set(given) - {name for name, _ in members}
-        if unknown:
-            raise ValueError(
-                f"teacher_processing_class as a dict must be keyed by the teachers' names, got {sorted(unknown)}. "
-                "Nothing would be rendered with them. Use the keys of teacher_model."
-            )
-    student: dict[str, Any] = {}
-    sizes, tokenizers = [], []
-    for name, member in members:
-        own = given.get(name) if isinstance(given, Mapping) else given
-        found: list[Any] = []
-        for leaf in leaves(member):
-            if isinstance(leaf, (AdapterTeacher, SelfTeacher)):
-                continue
-            if not student:
-                student = _student_vocabulary(model, args, processing_class)
-            size, tokenizer = _compare(leaf, own, **student)
-            sizes.append(size)
-            found.append(tokenizer)
-        templates = {t.chat_template for t in found if t is not None}
-        if own is None and len(templates) > 1 and args.teacher_chat_template == "own":
-            raise ValueError(
-                "teacher_processing_class must be given for a mixture of teachers with different chat templates: they "
-                "read one prompt. Pass the tokenizer that renders it, or set teacher_chat_template='student'."
-            )
-        tokenizers.append(own if own is not None else next((t for t in found if t is not None), None))
-    known = [size for size in sizes if size is not None]
-    return min(known) if known else None, tokenizers
-
-
-def _compare(teacher: Any, given: Any, *, size: int | None, tokenizer: Any) -> tuple[int | None, Any]:
-    """Head entries that a student of vocabulary `size` shares with a teacher (`None`: all), and its tokenizer."""
-    teacher_tokenizer = as_tokenizer(given)
-    if isinstance(teacher, LocalTeacher):
-        if isinstance(teacher.model, str):
-            check_path(teacher.model, "teacher_model")
-        config = _config_of(teacher.model, teacher.init_kwargs)
-        if config is None and isinstance(teacher.model, str) and "config" not in teacher.init_kwargs:
-            raise ValueError(
-                f"teacher_model must be a model's folder or a hub id, got {teacher.model!r}, whose config.json cannot "
-                "be read. Nothing can be loaded from it. Check the path or id, its revision, and your access to the "
-                "hub."
-            )
-        teacher_tokenizer = teacher_tokenizer or _tokenizer_of(teacher.model, config, teacher.init_kwargs)
-        teacher_size = None if config is None else config.get_text_config().vocab_size
-    else:
-        teacher_size = getattr(teacher, "vocab_size", None)
-    if size is None or teacher_size is None:
-        return None, teacher_tokenizer
-    shared = shared_vocab_size(size, teacher_size, tokenizer, teacher_tokenizer)
-    return (None if shared == size == teacher_size else shared), teacher_tokenizer
-
-
-def _student_vocabulary(model: Any, args: OnPolicyDistillConfig, processing_class: object) -> dict[str, Any]:
-    config = _config_of(model, _student_kwargs(args))
-    size = None if config is None else config.get_text_config().vocab_size
-    return {"size": size, "tokenizer": _student_tokenizer(model, args, processing_class)}
 
 
 def _as_dict(value: Any) -> Mapping[str, Any]:

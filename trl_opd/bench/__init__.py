@@ -1,23 +1,31 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Benchmarks beside TRL and Liger: `trl-opd bench head` (the divergence alone), `trl-opd bench step` (a training step).
+Benchmarks: `trl-opd bench head` (the divergence alone) and `trl-opd bench step` (a training step) beside TRL and
+Liger; `trl-opd bench teacher` (quantized, offloaded and split teachers beside a plain one); `trl-opd bench topk` (what
+a top-k teacher costs in accuracy).
 
-Both let the alternatives take turns on the same inputs in one process and print a table; `--json` and `--png` keep it.
+The first three let the alternatives take turns on the same inputs in one process. All print a table; `--json` and
+`--png` keep it.
 """
 
 import argparse
+import importlib
+
+BENCHMARKS = {
+    "head": "the divergence alone, forward and backward (see head --help)",
+    "step": "a whole training step beside TRL's DistillationTrainer",
+    "teacher": "ways to make a teacher fit, and what they cost",
+    "topk": "the gradient from a top-k teacher beside that from all entries",
+}
 
 
 def main(argv: list[str], prog: str = "trl-opd bench") -> int:
     """Entry point of `trl-opd bench`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description="Time and memory beside TRL, Liger and full logits.")
+    parser = argparse.ArgumentParser(prog=prog, description="Time, memory and accuracy beside the alternatives.")
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    commands.add_parser("head", help="the divergence alone, forward and backward (see head --help)", add_help=False)
-    commands.add_parser("step", help="a whole training step beside TRL's DistillationTrainer", add_help=False)
+    for name, text in BENCHMARKS.items():
+        commands.add_parser(name, help=text, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
-    if args.benchmark == "head":
-        from .head import main as benchmark
-    else:
-        from .step import main as benchmark
-    benchmark(argv[1:], prog=f"{prog} {args.benchmark}")
+    benchmark = importlib.import_module(f".{args.benchmark}", __name__)
+    benchmark.main(argv[1:], prog=f"{prog} {args.benchmark}")
     return 0

@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from trl.trainer.utils import use_adapter
 
 from ..collators import TeacherBatch, TeacherScores
-from .local import score_with
+from .scoring import score_student
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -85,6 +85,6 @@ class AdapterTeacher:
         model.eval()  # no dropout in the teacher
         try:
             with use_adapter(peft_model, self.adapter_name):
-                return score_with(model, batch)
+                return score_student(model, batch)
         finally:
             model.train(was_training)

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from .adapter import AdapterTeacher
+from .cached import CachedTeacher
 from .local import LocalTeacher
+from .remote import RemoteTeacher
 from .routed import RoutedTeacher
 from .self_teacher import SelfTeacher
 
@@ -77,8 +79,6 @@ def _from_string(
     if name == "self":
         return SelfTeacher(**sync)
     if name.startswith("cache:"):
-        from .cached import CachedTeacher
-
         return CachedTeacher(name.removeprefix("cache:"))
     if is_url(name):
         return _from_urls(name.split(","), init_kwargs)
@@ -91,8 +91,6 @@ def _from_urls(urls: list[Any], init_kwargs: dict[str, Any]) -> Any:
             f"teacher_model as a list must hold URLs of servers with the same model, got {urls!r}. Different teachers "
             "have different scores. Pass a dict to send each sample to its own teacher, or a MixtureTeacher."
         )
-    from .remote import RemoteTeacher
-
     return RemoteTeacher([url.strip() for url in urls], **init_kwargs)
 
 

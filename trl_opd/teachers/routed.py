@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..collators import MixedScores, RoutedScores, TeacherBatch, TeacherScores
 from ..losses import nearest_name
+from .answers import TeacherScoreError
 from .base import PendingScores, collect, submit, teacher_name
 from .local import LocalTeacher
 
@@ -65,18 +66,23 @@ class RoutedTeacher:
         """Whether a member's weights move during the run."""
         return any(getattr(member, "changes", False) for member in self.members)
 
+    @property
+    def takes_requested_ids(self) -> bool:
+        """Whether a member is asked for entries that the student chooses."""
+        return any(getattr(member, "takes_requested_ids", False) for member in self.members)
+
     def route(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         """
         Which member each sample goes to, `(B,)`.
 
         Raises:
-            ValueError: If a sample names none of them.
+            TeacherScoreError: If a sample names none of them.
         """
         index = []
         for example in examples:
             name = example.get(self.column)
             if name not in self.names:
-                raise ValueError(
+                raise TeacherScoreError(
                     f"The column {self.column!r} must name one of the teachers {self.names}, got {name!r}. The sample "
                     f"would have no teacher.{nearest_name(str(name), self.names)}"
                 )
@@ -86,7 +92,13 @@ class RoutedTeacher:
     def prepare(self, trainer: "GRPOTrainer") -> None:
         """Prepare the members that are not loaded from a path."""
         self._trainer = trainer
-        for member in self.members:
+        for name, member in zip(self.names, self.members, strict=True):
+            if self._in_step(member) and getattr(member, "batch_size", None) is not None:
+                raise ValueError(
+                    f"teacher_batch_size must be unset for teacher {name!r} under FSDP or DeepSpeed, got "
+                    f"{member.batch_size!r}. Processes with different numbers of its samples would wait for each "
+                    "other for ever. Unset it."
+                )
             if not (isinstance(member, LocalTeacher) and isinstance(member.model, str)):
                 self._prepare(member)
 
@@ -152,7 +164,7 @@ class RoutedTeacher:
             question = batch if len(mine) == len(batch.completion_ids) else batch.select(asked)
             if len(mine) == 0:
                 question = replace(question, completion_mask=torch.zeros_like(question.completion_mask))
-            where = asked if positions is None else positions[i]
+            where = asked if positions is None or not len(mine) else positions[i]
             answer = collect(member, pending.get(i), where, question)
             assert isinstance(answer, (TeacherScores, MixedScores))
             parts[self.names[i]] = (mine, answer if len(mine) else answer.select(mine))

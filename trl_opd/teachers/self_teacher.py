@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 
 from ..collators import TeacherBatch, TeacherScores
 from ..kernels.projection import Head
-from .local import score_with
+from ..losses import nearest_name
+from ..validation import SYNCS
+from .scoring import score_student
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -38,12 +40,27 @@ class SelfTeacher:
             `"every_n"`: θ of the last multiple of `steps`. `"live"`: θ.
         steps (`int`, *optional*, defaults to `1`): Optimizer steps between two updates of `"ema"` or `"every_n"`.
         rate (`float`, *optional*, defaults to `0.05`): The student's share in an update of `"ema"`.
+
+    Raises:
+        ValueError: If one of them is none of these.
     """
 
     scores_in_loss = True
     name = "self"
 
     def __init__(self, sync: str = "frozen", steps: int = 1, rate: float = 0.05):
+        if sync not in SYNCS:
+            raise ValueError(f"teacher_sync must be a known name, got {sync!r}.{nearest_name(str(sync), list(SYNCS))}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(
+                f"teacher_sync_steps must be a whole number of at least 1, got {steps!r}. It counts optimizer steps. "
+                "Leave it unset for 1."
+            )
+        if not 0 < rate <= 1:
+            raise ValueError(
+                f"teacher_sync_rate must be in (0, 1], got {rate!r}. It is the student's share in the teacher's "
+                "moving average. Set teacher_sync='frozen' for a teacher that does not move."
+            )
         self.sync, self.steps, self.rate = sync, steps, rate
         self._trainer: Any = None
         self._parameters: dict[str, Tensor] = {}
@@ -84,10 +101,12 @@ class SelfTeacher:
         model = self._trainer.model
         was_training = model.training
         model.eval()  # no dropout in the teacher
+        torch.clear_autocast_cache()
         try:
             with self._worn():
-                return score_with(model, batch, _detached)
+                return score_student(model, batch, _detached)
         finally:
+            torch.clear_autocast_cache()  # it knows parameters, not their weights: the student would get the teacher's
             model.train(was_training)
 
     @contextmanager
