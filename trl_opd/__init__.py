@@ -10,15 +10,31 @@ if TYPE_CHECKING:
     from .collators import TeacherBatch, TeacherScores
     from .config import OnPolicyDistillConfig
     from .kernels import fused_linear_divergence
-    from .teachers import AdapterTeacher, LocalTeacher, Teacher
+    from .teachers import (
+        AdapterTeacher,
+        CachedTeacher,
+        LocalTeacher,
+        MixtureTeacher,
+        RecordingTeacher,
+        RemoteTeacher,
+        RoutedTeacher,
+        SelfTeacher,
+        Teacher,
+    )
     from .trainer import OnPolicyDistillTrainer
 
 # `import trl_opd.losses` must not import TRL: names are found when they are asked for
 _EXPORTS = {
     "AdapterTeacher": "teachers",
+    "CachedTeacher": "teachers",
     "LocalTeacher": "teachers",
+    "MixtureTeacher": "teachers",
     "OnPolicyDistillConfig": "config",
     "OnPolicyDistillTrainer": "trainer",
+    "RecordingTeacher": "teachers",
+    "RemoteTeacher": "teachers",
+    "RoutedTeacher": "teachers",
+    "SelfTeacher": "teachers",
     "Teacher": "teachers",
     "TeacherBatch": "collators",
     "TeacherScores": "collators",
@@ -27,9 +43,15 @@ _EXPORTS = {
 
 __all__ = [
     "AdapterTeacher",
+    "CachedTeacher",
     "LocalTeacher",
+    "MixtureTeacher",
     "OnPolicyDistillConfig",
     "OnPolicyDistillTrainer",
+    "RecordingTeacher",
+    "RemoteTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
     "Teacher",
     "TeacherBatch",
     "TeacherScores",

@@ -4,7 +4,8 @@ The `trl-opd` command.
 
     trl-opd demo                       # on-policy distillation from scratch on this machine
     trl-opd train --config run.yaml    # any field also as --field value
-    trl-opd bench head                 # speed and memory beside TRL and Liger; also `bench step`
+    trl-opd bench head                 # speed and memory beside TRL and Liger; also step, teacher, topk
+    trl-opd score --teacher T --dataset D --output DIR    # a teacher's log-probs, for training without it
 """
 
 import argparse
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
     commands.add_parser("train", help="train from a YAML file or command-line fields (see --help)", add_help=False)
-    commands.add_parser("bench", help="time and memory beside TRL and Liger: bench head, bench step", add_help=False)
+    commands.add_parser("bench", help="measure: bench head, step, teacher, topk", add_help=False)
+    commands.add_parser("score", help="write a teacher's scores of fixed completions (see --help)", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "train":
         from .train import main as train
@@ -35,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(argv[argv.index("bench") + 1 :])
+    if args.command == "score":
+        from .score import main as score
+
+        return score(argv[argv.index("score") + 1 :])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from .demo import run_demo

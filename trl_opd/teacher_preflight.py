@@ -146,6 +146,7 @@ def _compare(teacher: Any, given: Any, *, size: int | None, tokenizer: Any) -> t
         teacher_tokenizer = teacher_tokenizer or tokenizer_of(teacher.model, config, teacher.init_kwargs)
         teacher_size = None if config is None else config.get_text_config().vocab_size
     else:
+        teacher_tokenizer = teacher_tokenizer or as_tokenizer(getattr(teacher, "processing_class", None))
         teacher_size = getattr(teacher, "vocab_size", None)
         if teacher_size is None and isinstance(teacher, RemoteTeacher) and tokenizer is not None:
             teacher_size = max(tokenizer.get_vocab().values()) + 1  # a server refuses ids that are padding

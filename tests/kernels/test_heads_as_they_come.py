@@ -203,7 +203,7 @@ def test_everything_is_brought_to_the_student_s_head(teacher_kind, rows, monkeyp
     fused_linear_divergence(**arguments)
     chosen, hidden, weight, bias, problem = given[:5]
     tensors = [chosen.mask, hidden, weight, bias, problem.target_ids]
-    tensors += list(problem.topk) if problem.topk is not None else [problem.teacher_hidden, problem.teacher.weight]
+    tensors += list(problem.topk) if problem.topk is not None else [problem.members[0].hidden, problem.teacher.weight]
     tensors += [problem.weights] if rows == "weights" else []
     tensors += [problem.teacher.bias] if problem.teacher is not None else []
     assert [x.device.type for x in tensors] == ["meta"] * len(tensors)

@@ -93,7 +93,8 @@ def _train(model: Any, ids: Tensor, seconds: float, args: argparse.Namespace) ->
     """Next-token prediction for so long; the mean loss of the last tenth."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(args.seed)
-    started, losses, length = time.perf_counter(), [], 128
+    losses: list[float] = []
+    started, length = time.perf_counter(), 128
     while (elapsed := time.perf_counter() - started) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (len(losses) + 1) / 50) * max(0.05, 1 - elapsed / seconds)
@@ -183,7 +184,9 @@ def measure(teacher: Any, student: Any, sequences: list[tuple[Tensor, int]], arg
             **fields,
         )
         loss = result.loss / len(tokens)
+        assert result.divergence is not None
         if fields.get("per_token_grad"):
+            assert result.teacher_logprobs is not None and result.student_logprobs is not None
             advantage = result.teacher_logprobs - result.student_logprobs.detach()
             loss = -(advantage * result.student_logprobs).mean()
         grads = torch.autograd.grad(loss, parameters, retain_graph=True)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """The public op: checks, rows to project, choice of backend, and the result."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..losses import nearest_name, resolve_divergence
 from .fused import GradientInForward, PerToken
+from .members import Member, TopK, check_mixture, checked_weights, list_members
 from .modes import untraced
-from .operands import Rows, check_head, choose_rows, frozen_head, gathered, move, operand_dtypes, whole
+from .operands import Rows, check_head, choose_rows, gathered, move, operand_dtype, whole
 from .problem import Problem
 from .projection import logit_dtype
 from .result import FusedDivergence, make_result
@@ -27,8 +28,8 @@ _DEVICE_CHUNK_BYTES = 512 << 20
 def fused_linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor | None] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     divergence: str = "reverse_kl",
     divergence_kwargs: Mapping[str, float] | None = None,
@@ -36,13 +37,15 @@ def fused_linear_divergence(
     mask: Tensor | None = None,
     target_ids: Tensor | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
+    teacher_logit_scale: float | Sequence[float] = 1.0,
     student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    teacher_topk: tuple[Tensor, Tensor] | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
+    teacher_topk: TopK | Sequence[TopK | None] | None = None,
+    mixture: str = "arithmetic",
+    mixture_weights: Sequence[float] | Tensor | None = None,
     support: str = "full",
     support_size: int | None = None,
     tail: str = "bucket",
@@ -69,11 +72,20 @@ def fused_linear_divergence(
     If the heads have different numbers of rows (vocabulary padding), the shared first rows are compared and the others
     are masked out of both distributions.
 
+    Several teachers are sequences of one entry each in the arguments `teacher_*`, with `None` where one has nothing;
+    an argument that is no sequence is that of all. GEMMs of 2·N·H·V operations, for M teachers of hidden states:
+
+    | | one teacher | M, any mixture |
+    |---|---|---|
+    | trained head | 4 | 3 + M |
+    | frozen head | 3 | 2 + M |
+    | `per_token_grad` | 6 | 4 + 2·M |
+
     Args:
         student_hidden (`torch.Tensor`): Last hidden states, shape `(N, H_s)`.
         student_weight (`torch.Tensor`): Head, shape `(V_s, H_s)`. Frozen (no `requires_grad`) costs one GEMM less.
-        teacher_hidden (`torch.Tensor`, *optional*): Shape `(N, H_t)`.
-        teacher_weight (`torch.Tensor`, *optional*): Shape `(V_t, H_t)`.
+        teacher_hidden (`torch.Tensor` or `Sequence`, *optional*): Shape `(N, H_t)`; of several teachers, one each.
+        teacher_weight (`torch.Tensor` or `Sequence`, *optional*): Shape `(V_t, H_t)`.
         divergence (`str`, *optional*, defaults to `"reverse_kl"`): A name of `trl_opd.losses`.
         divergence_kwargs (`Mapping[str, float]`, *optional*): Its parameters.
         token_weights (`torch.Tensor`, *optional*): Detached weight per token, shape `(N,)`; 1 by default.
@@ -93,6 +105,12 @@ def fused_linear_divergence(
             A teacher of which only the top K is known, instead of hidden states: ids `(N, K)` and log-probs `(N, K)`
             at this `temperature`. Ids of a row are distinct; those below 0 are padding. A row without a real id is
             one about whose teacher nothing is known: value and gradient 0.
+        mixture (`str`, *optional*, defaults to `"arithmetic"`):
+            What several teachers make, with their probabilities p_k and weights w_k: `"arithmetic"` is the teacher
+            Σ w_k p_k, `"geometric"` the one proportional to Π p_k^w_k, `"loss_sum"` is Σ w_k times the divergence from
+            each (each on its own support). Top-k teachers have the last only.
+        mixture_weights (`Sequence[float]` or `torch.Tensor`, *optional*):
+            The w_k, above 0 and of sum 1; a tensor `(N, M)` for weights that differ by token. Equal by default.
         support (`str`, *optional*, defaults to `"full"`):
             Entries to compare with a dense teacher: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`,
             `"intersection_top_k"` (entries in both top sets; a row that has none is left at value and gradient 0).
@@ -127,25 +145,29 @@ def fused_linear_divergence(
         ValueError: If shapes disagree, a name or parameter is unknown, or the backend cannot compute the request.
     """
     name, params = resolve_divergence(divergence, divergence_kwargs)
-    _check_names(support, tail, backend, support_size, teacher_topk, temperature)
-    has_dense_teacher = _check_teacher(teacher_hidden, teacher_weight, teacher_topk, per_token_grad)
+    members = list_members(
+        teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap, teacher_topk
+    )
+    _check_names(support, tail, backend, support_size, members, temperature)
+    check_mixture(mixture, members)
+    if not members and not per_token_grad:
+        raise ValueError(
+            "A teacher is required: pass teacher_hidden and teacher_weight, or teacher_topk. Without one only "
+            "per_token_grad=True (log-probs and entropy) has a meaning."
+        )
     per_row = {"token_weights": token_weights, "mask": mask, "target_ids": target_ids}
-    if teacher_topk is not None:
-        per_row |= {"teacher_topk ids": teacher_topk[0], "teacher_topk log-probs": teacher_topk[1]}
-    _check_rows(student_hidden.shape[0], teacher_hidden, per_row)
+    if isinstance(mixture_weights, Tensor) and mixture_weights.dim() == 2:
+        per_row["mixture_weights"] = mixture_weights
+    _check_rows(student_hidden.shape[0], members, per_row)
 
-    with gathered(gather, student_weight, student_bias, teacher_weight, teacher_bias):
+    heads = [head for member in members if (head := member.head) is not None]
+    with gathered(gather, student_weight, student_bias, *(x for head in heads for x in (head.weight, head.bias))):
         device = student_weight.device
         weight, bias = whole(student_weight, vocab_group), move(whole(student_bias, vocab_group), device)
         check_head("student", student_hidden, weight, bias)
-        head = None
-        if has_dense_teacher:
-            assert teacher_hidden is not None and teacher_weight is not None
-            head = frozen_head(teacher_weight, teacher_bias, device, vocab_group)
-            head.logit_scale, head.softcap = teacher_logit_scale, teacher_softcap
-            check_head("teacher", teacher_hidden, head.weight, head.bias)
         rows = choose_rows(student_hidden.shape[0], mask, token_weights, device)
-        dtype, teacher_dtype = operand_dtypes(student_hidden, weight, teacher_hidden, head)
+        dtype = operand_dtype(student_hidden, weight)
+        members = [member.taken(rows.take, device, dtype, vocab_group) for member in members]
         hidden, targets = rows.take(student_hidden), rows.take(target_ids)
         chunk_bytes = chunk_bytes or (_CPU_CHUNK_BYTES if device.type == "cpu" else _DEVICE_CHUNK_BYTES)
         in_step = {
@@ -154,15 +176,18 @@ def fused_linear_divergence(
             "requires_grad of student_hidden": hidden.requires_grad,
             "requires_grad of student_weight": weight.requires_grad,
         }
-        shard = make_shard(vocab_group, weight, None if head is None else head.weight, vocab_size, in_step)
-        topk = None if teacher_topk is None else (rows.take(teacher_topk[0]), rows.take(teacher_topk[1]))
-        if topk is not None:
-            check_topk(*topk, shard.total)
+        held = [member.head.weight for member in members if member.head is not None]
+        shard = make_shard(vocab_group, weight, held, vocab_size, in_step)
+        for member in members:
+            if member.topk is not None:
+                check_topk(*member.topk, shard.total)
+        several = len(members) > 1 or (members and mixture_weights is not None)
         problem = Problem(
             divergence=name,
             params=params,
-            teacher_hidden=None if teacher_hidden is None else rows.take(teacher_hidden.detach()),
-            teacher=head,
+            members=tuple(members),
+            mixture=mixture,
+            mixture_weights=checked_weights(mixture_weights, len(members), rows.take, weight) if several else None,
             student_logit_scale=student_logit_scale,
             student_softcap=student_softcap,
             temperature=temperature,
@@ -171,12 +196,10 @@ def fused_linear_divergence(
             support=support,
             support_size=support_size or 0,
             tail=tail,
-            topk=topk,
-            overlap_top_k=overlap_top_k if head is not None or teacher_topk is not None else 0,
+            overlap_top_k=overlap_top_k if members else 0,
             vocab_size=shard.widths[shard.rank],
             shard=shard,
             compute_dtype=dtype,
-            teacher_dtype=teacher_dtype,
             chunk_bytes=chunk_bytes,
             grad_enabled=torch.is_grad_enabled(),
             backend=_choose_backend(backend, device, dtype, shard),
@@ -241,7 +264,7 @@ def _check_names(
     tail: str,
     backend: str,
     support_size: int | None,
-    teacher_topk: tuple[Tensor, Tensor] | None,
+    members: Sequence[Member],
     temperature: float,
 ) -> None:
     if support not in SUPPORTS or support == "sampled":
@@ -251,11 +274,13 @@ def _check_names(
         raise ValueError(f"tail must be a known name, got {tail!r}.{nearest_name(tail, list(TAILS))}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be a known name, got {backend!r}.{nearest_name(backend, list(BACKENDS))}")
-    if support != "full" and teacher_topk is None and (support_size is None or support_size < 1):
+    sizes = [member.topk[0].shape[-1] for member in members if member.topk is not None]
+    dense = support != "full" and (not members or len(sizes) < len(members))
+    if dense and (support_size is None or support_size < 1):
         raise ValueError(f"support_size must be at least 1 for support={support!r}, got {support_size!r}.")
-    size = teacher_topk[0].shape[-1] if teacher_topk is not None else support_size
-    restricted = teacher_topk is not None or support != "full"
-    if restricted and tail == "renormalize" and size == 1 and support != "union_top_k":
+    if dense and support_size is not None and support != "union_top_k":
+        sizes.append(support_size)
+    if tail == "renormalize" and 1 in sizes:
         raise ValueError(
             "support_size must be at least 2 with tail='renormalize', got 1. One renormalised entry has probability 1 "
             "in both distributions: value and gradient are identically zero. Use a larger support or tail='bucket'."
@@ -264,33 +289,14 @@ def _check_names(
         raise ValueError(f"temperature must be above 0, got {temperature!r}. It divides the logits.")
 
 
-def _check_teacher(
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_topk: tuple[Tensor, Tensor] | None,
-    per_token_grad: bool,
-) -> bool:
-    """Whether there is a dense teacher."""
-    if teacher_hidden is None and teacher_weight is None:
-        if teacher_topk is None and not per_token_grad:
+def _check_rows(n: int, members: Sequence[Member], per_row: Mapping[str, Tensor | None]) -> None:
+    for member in members:
+        if member.hidden is not None and member.hidden.shape[0] != n:
             raise ValueError(
-                "A teacher is required: pass teacher_hidden and teacher_weight, or teacher_topk. Without one only "
-                "per_token_grad=True (log-probs and entropy) has a meaning."
+                f"teacher_hidden must have one row per student row ({n}), got {member.hidden.shape[0]}. The two "
+                "models must be compared at the same positions."
             )
-        return False
-    if teacher_hidden is None or teacher_weight is None:
-        raise ValueError("teacher_hidden and teacher_weight go together: pass both, or teacher_topk.")
-    if teacher_topk is not None:
-        raise ValueError("teacher_topk replaces teacher_hidden and teacher_weight: pass the one or the others.")
-    return True
-
-
-def _check_rows(n: int, teacher_hidden: Tensor | None, per_row: Mapping[str, Tensor | None]) -> None:
-    if teacher_hidden is not None and teacher_hidden.shape[0] != n:
-        raise ValueError(
-            f"teacher_hidden must have one row per student row ({n}), got {teacher_hidden.shape[0]}. The two models "
-            "must be compared at the same positions."
-        )
-    for what, tensor in per_row.items():
+    per_teacher = [item for member in members for item in member.per_row.items()]
+    for what, tensor in [*per_row.items(), *per_teacher]:
         if tensor is not None and tensor.shape[0] != n:
             raise ValueError(f"{what} must have one row per token ({n}), got shape {tuple(tensor.shape)}.")

@@ -7,6 +7,10 @@ turned into the gradient of the weighted divergence (by `torch_backend` or `trit
 the gradients of the hidden states and of the head: 4 GEMMs of 2·N·H·V operations in all (3 with a frozen head; 3 and 2
 when the teacher gives only top-k log-probs), none of them in the backward pass. No tensor of N × V elements exists.
 
+Each further dense teacher costs its own projection, whatever the mixture. A mixture of distributions is formed in the
+teacher's logits (`mixtures`) and compared once. A sum of losses is the weighted mean of problems of one teacher each:
+they share the student's logits, and their gradients are averaged before they are multiplied back.
+
 Where gradients are multiplied in a lower precision than the logits', those of several chunks wait for one product: it
 adds to the fp32 gradient of the head, and reading and writing that costs as much as multiplying a few hundred rows.
 
@@ -23,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mixtures import TeacherMixture, shares
 from .modes import first_order, scaled
 from .operands import check_head
 from .problem import ROOM, STATS, Problem, Upstream
@@ -56,16 +61,24 @@ class _Pass:
         self.hidden = student_hidden
         own = problem.shard.own
         self.projector = Projector(own(weight), None if bias is None else own(bias), problem.compute_dtype)
-        self.teacher_projector = None
-        if problem.teacher is not None:
-            assert problem.teacher_hidden is not None
-            head = problem.teacher
-            self.teacher_projector = Projector(
-                own(head.weight), None if head.bias is None else own(head.bias), problem.teacher_dtype
-            )
+        self.teacher_projectors = [
+            None
+            if (head := member.head) is None
+            else Projector(own(head.weight), None if head.bias is None else own(head.bias), member.dtype)
+            for member in problem.members
+        ]
         self.dtype = self.projector.out_dtype
+        self.mixture = None
+        if problem.mixes_logits:
+            dense = [projector for projector in self.teacher_projectors if projector is not None]
+            self.mixture = TeacherMixture(problem, dense, self.dtype)
+        self.parts = problem.parts  # whose weighted mean the problem is
+        if len(self.parts) > 1:
+            assert problem.mixture_weights is not None
+            self.shares = shares(problem.mixture_weights, self.dtype)[1]
+        self.adds_bias = problem.backend != "triton"  # which adds it as it reads
         n = student_hidden.shape[0]
-        self.stats = student_hidden.new_full((len(STATS), n), float("nan"), dtype=self.dtype)
+        self.stats = [student_hidden.new_full((len(STATS), n), float("nan"), dtype=self.dtype) for _ in self.parts]
 
     def run(
         self,
@@ -80,29 +93,23 @@ class _Pass:
         waits = need_grad and self.projector.grad_dtype != self.dtype
         chunks = _WINDOW_CHUNKS if grad_weight is not None else 1
         num_rows = self.p.num_rows(n, device, self.dtype, chunks * self.projector.grad_dtype.itemsize if waits else 0)
-        models = 1 if self.teacher_projector is None else 2
         width = math.ceil(size / ROOM) * ROOM if self.p.backend == "triton" else size
-        buffers = _workspace((models, min(num_rows, n), width), self.dtype, device)[..., :size]
+        buffers = _workspace((self.p.num_buffers, min(num_rows, n), width), self.dtype, device)[..., :size]
         window = None
         if waits:
             dtype = self.projector.grad_dtype
             window = torch.empty(min(chunks * num_rows, n), width, dtype=dtype, device=device)[:, :size]
-        add_bias = self.p.backend != "triton"  # which adds it as it reads
         first = 0  # row whose gradient is the first to wait
         for start in range(0, n, num_rows):
             sl = slice(start, min(start + num_rows, n))
-            logits = self.projector.logits(self.hidden[sl], buffers[0, : sl.stop - start], add_bias)
-            teacher_logits = None
-            if self.teacher_projector is not None:
-                assert self.p.teacher_hidden is not None
-                teacher_logits = self.teacher_projector.logits(
-                    self.p.teacher_hidden[sl], buffers[-1, : sl.stop - start], add_bias
-                )
-            gradient = logits if window is None else window[start - first : sl.stop - first]
-            weights = self._chunk(logits, teacher_logits, gradient if need_grad else None, sl, upstream)
-            if need_grad and (window is None or sl.stop - first == window.shape[0] or sl.stop == n):
+            logits = self.projector.logits(self.hidden[sl], buffers[0, : sl.stop - start], self.adds_bias)
+            gradient = None
+            if need_grad:
+                gradient = logits if window is None else window[start - first : sl.stop - first]
+            gradient, weights = self._chunk(logits, buffers[1:, : sl.stop - start], gradient, sl, upstream)
+            if gradient is not None and (window is None or sl.stop - first == window.shape[0] or sl.stop == n):
                 rows = slice(first, sl.stop)
-                gradient = logits if window is None else window[: rows.stop - first]
+                gradient = gradient if window is None else window[: rows.stop - first]
                 if grad_bias is not None:
                     grad_bias[:size] += gradient.sum(0, dtype=self.dtype) if weights is None else weights @ gradient
                 self.projector.add_gradients(
@@ -114,34 +121,90 @@ class _Pass:
                 )
                 first = sl.stop
         self._make_whole(grad_hidden)
-        return self.stats
+        return self._mean_stats()
 
     def _chunk(
+        self, logits: Tensor, others: Tensor, gradient: Tensor | None, sl: slice, upstream: Upstream | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Statistics of the rows `sl` from the student's logits (n, V), and their gradient where there is a place for it,
+        which may be that of the logits; `others` are the other buffers.
+
+        Returns the gradient and the weights of the rows where it still lacks them.
+        """
+        if len(self.parts) == 1:
+            return gradient, self._part(0, logits, self._teacher_logits(0, others, sl), gradient, sl, upstream)
+        mean, weights = logits, None
+        for i in range(len(self.parts)):
+            teacher_logits = self._teacher_logits(i, others, sl)
+            own = logits if i == len(self.parts) - 1 else others[min(i, 1)].copy_(logits)
+            weights = self._part(i, own, teacher_logits, None if gradient is None else own, sl, upstream)
+            if i == 0:
+                mean = own
+            elif gradient is not None:
+                share = self.shares[:, i : i + 1]
+                mean.lerp_(own, share if share.shape[0] == 1 else share[sl])
+        if gradient is None or gradient is logits:
+            return None if gradient is None else mean, weights
+        torch.mul(mean, 1.0 if weights is None else weights[:, None], out=gradient)
+        return gradient, None
+
+    def _teacher_logits(self, i: int, others: Tensor, sl: slice) -> Tensor | None:
+        """Logits of the i-th part's teacher, if it is a dense one, in the buffers beside the student's."""
+        if self.mixture is not None:
+            return self.mixture.logits(sl, others[0], others[1])
+        projector = self.teacher_projectors[i] if self.teacher_projectors else None
+        if projector is None:
+            return None
+        hidden = self.p.members[i].hidden
+        assert hidden is not None
+        return projector.logits(hidden[sl], others[-1], self.adds_bias)
+
+    def _part(
         self,
+        i: int,
         logits: Tensor,
         teacher_logits: Tensor | None,
         gradient: Tensor | None,
         sl: slice,
         upstream: Upstream | None,
     ) -> Tensor | None:
-        """Statistics and gradient of the rows `sl`. Returns the weights of the rows where it still lacks them."""
+        """
+        Statistics and gradient of the i-th part. Returns the weights of the rows where the gradient still lacks them.
+        """
+        problem, stats = self.parts[i], self.stats[i]
         if self.p.backend == "torch":
-            return TorchRows(self.p, self.stats).run(logits, teacher_logits, gradient, sl, upstream)
+            return TorchRows(problem, stats).run(logits, teacher_logits, gradient, sl, upstream)
         from .triton_backend import TritonRows
 
-        biases = (self.projector.bias, None if self.teacher_projector is None else self.teacher_projector.bias)
-        TritonRows(self.p, logits, teacher_logits, biases, self.stats[:, sl], gradient, sl, upstream).run()
+        teacher = None if self.mixture is not None or not self.teacher_projectors else self.teacher_projectors[i]
+        biases = (self.projector.bias, None if teacher is None else teacher.bias)
+        TritonRows(problem, logits, teacher_logits, biases, stats[:, sl], gradient, sl, upstream).run()
         return None
 
     def _make_whole(self, grad_hidden: Tensor | None) -> None:
         """Sum over the processes of a vocabulary group what was left in parts: entries at the targets, entropies."""
         if self.p.shard.group is None:
             return
-        models = ("student",) if self.p.teacher is None else ("student", "teacher")  # a sparse one's are whole
-        parts = [STATS.index(f"{model}_{name}") for model in models for name in ("entropy", "logprobs")]
-        (self.stats[parts],) = self.p.shard.sum(self.stats[parts])
+        for problem, stats in zip(self.parts, self.stats, strict=True):
+            models = ("student",) if problem.teacher is None else ("student", "teacher")  # a sparse one's are whole
+            rows = [STATS.index(f"{model}_{name}") for model in models for name in ("entropy", "logprobs")]
+            (stats[rows],) = self.p.shard.sum(stats[rows])
         if grad_hidden is not None:
             grad_hidden.copy_(self.p.shard.sum(grad_hidden)[0])
+
+    def _mean_stats(self) -> Tensor:
+        """The parts' statistics in the mean; the student's are the same in all."""
+        if len(self.parts) == 1:
+            return self.stats[0]
+        assert self.p.mixture_weights is not None
+        stats = self.stats[0].clone()
+        teachers = [i for i, name in enumerate(STATS) if not name.startswith("student_")]
+        columns = self.p.mixture_weights.T  # (M, 1) or (M, N)
+        stats[teachers] = sum(
+            part[teachers].double() * column for part, column in zip(self.stats, columns, strict=True)
+        ).to(self.dtype)
+        return stats
 
 
 _Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -220,8 +283,9 @@ class PerToken(torch.autograd.Function):
             return None, None, None, None
         with torch.autocast(hidden.device.type, enabled=False), problem.gather():
             check_head("student", hidden, weight, bias)
-            if problem.teacher is not None and problem.teacher_hidden is not None:
-                check_head("teacher", problem.teacher_hidden, problem.teacher.weight, problem.teacher.bias)
+            for member in problem.members:
+                if member.hidden is not None and member.head is not None:
+                    check_head("teacher", member.hidden, member.head.weight, member.head.bias)
             step = _Pass(problem, hidden, weight, bias)
             buffers = _gradient_buffers(hidden, weight, bias, needs, step.dtype)
             upstream = Upstream(grad_divergence, grad_logprobs, grad_entropy)

@@ -22,6 +22,8 @@ def _refuse(what: str, reason: str) -> ValueError:
 
 def _check(hidden: Tensor, weight: Tensor, problem: Problem, per_token_grad: bool) -> float:
     """The β of Liger's JSD for this problem, or an error."""
+    if len(problem.members) > 1:
+        raise _refuse("several teachers", "Liger compares with one.")
     if problem.divergence not in (*_BETA, "generalized_jsd"):
         raise _refuse(problem.divergence, "Liger has forward KL, reverse KL and the generalized JSD only.")
     if problem.teacher is None or problem.support != "full":
@@ -57,18 +59,19 @@ def liger_divergence(
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     beta = _check(hidden, weight, problem, per_token_grad)
-    assert problem.teacher is not None and problem.teacher_hidden is not None
+    (member,) = problem.members
+    assert member.head is not None and member.hidden is not None
     if hidden.shape[0] == 0:
         return hidden.sum() + 0.0 * weight.sum() + (0.0 if bias is None else 0.0 * bias.sum())
     labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     mean = LigerFusedLinearJSDFunction.apply(
         hidden,
         weight,
-        problem.teacher_hidden.to(problem.compute_dtype),
-        problem.teacher.weight.detach().to(problem.compute_dtype),
+        member.hidden.to(problem.compute_dtype),
+        member.head.weight.detach().to(problem.compute_dtype),
         labels,
         bias,
-        problem.teacher.bias,
+        member.head.bias,
         0.0,  # weight of the hard loss
         1.0,  # weight of the soft loss
         beta,

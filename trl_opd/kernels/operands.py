@@ -86,19 +86,16 @@ def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         )
 
 
-def operand_dtypes(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, teacher: Head | None
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes in which the student's and the teacher's hidden states meet their heads."""
-    dtype = _operand_dtype(hidden, weight)
-    if teacher_hidden is None or teacher is None or dtype == torch.float64:
-        return dtype, dtype
-    teacher_dtype = _operand_dtype(teacher_hidden, teacher.weight)
-    return dtype, torch.float32 if teacher_dtype == torch.float64 else teacher_dtype
+def teacher_dtype(student_dtype: torch.dtype, hidden: Tensor, head: Head) -> torch.dtype:
+    """The dtype in which a teacher's hidden states meet their head, beside a student whose dtype is known."""
+    if student_dtype == torch.float64:
+        return student_dtype
+    dtype = operand_dtype(hidden, head.weight)
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's where the head is, or the wider of the two."""
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which hidden states meet a head: autocast's where the head is, or the wider of the two."""
     if hidden.dtype == torch.float64:
         return torch.float64
     if torch.is_autocast_enabled(weight.device.type):

@@ -114,13 +114,15 @@ class Projector:
                 grad_weight.addmm_(grad.t(), operand)
 
 
-def shape_logits(logits: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor | None:
+def shape_logits(
+    logits: Tensor, scale: float, softcap: float | None, temperature: float, need_slope: bool = True
+) -> Tensor | None:
     """Scale, softcap and temperature in place. Returns the slope ∂z/∂(raw logit) where it is not constant."""
     if softcap is None:
         if scale != temperature:
             logits *= scale / temperature
         return None
     logits.mul_(scale / softcap).tanh_()
-    slope = logits.square().neg_().add_(1).mul_(scale / temperature)
+    slope = logits.square().neg_().add_(1).mul_(scale / temperature) if need_slope else None
     logits *= softcap / temperature
     return slope

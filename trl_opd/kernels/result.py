@@ -13,7 +13,9 @@ from .problem import STATS, Problem
 class FusedDivergence:
     """
     Result of [`fused_linear_divergence`]. Per-token tensors have shape `(N,)`, dtype float32 (float64 for float64
-    inputs), are in nats, and are 0 on rows that were left out.
+    inputs), are in nats, and are 0 on rows that were left out. Of several teachers they are those of the mixture; with
+    `mixture="loss_sum"` the weighted means of each teacher's own (that of log-probs is the geometric mixture's up to
+    its normaliser).
 
     Args:
         loss (`torch.Tensor`):
@@ -31,7 +33,8 @@ class FusedDivergence:
         overlap (`torch.Tensor` or `None`):
             Share of the teacher's top `overlap_top_k` entries that are in the student's; `None` if not asked for.
         student_logsumexp (`torch.Tensor`), teacher_logsumexp (`torch.Tensor` or `None`):
-            Log-normalisers of the final logits (after softcap and temperature); the teacher's if it is dense.
+            Log-normalisers of the final logits (after softcap and temperature); the teacher's if it is dense. An
+            arithmetic mixture has the normaliser of its first teacher, a geometric one that of the mean logits.
         rows (`torch.Tensor`):
             Boolean mask of the rows that were projected. Like all of these, where the student's head is.
     """
@@ -56,7 +59,7 @@ def make_result(
     missing = set(STATS) if stats is None else set()
     if problem.target_ids is None:
         missing |= {"student_logprobs", "teacher_logprobs"}
-    if problem.teacher is None:
+    if not problem.all_dense:
         missing |= {"teacher_logprobs", "teacher_logsumexp"}
     if not problem.overlap_top_k:
         missing.add("overlap")

@@ -79,7 +79,7 @@ class TorchRows:
         slope = shape_logits(logits, p.student_logit_scale, p.student_softcap, p.temperature)
         if teacher_logits is not None:
             assert p.teacher is not None
-            shape_logits(teacher_logits, p.teacher.logit_scale, p.teacher.softcap, p.temperature)
+            shape_logits(teacher_logits, p.teacher.logit_scale, p.teacher.softcap, p.temperature, need_slope=False)
             student, teacher = normalize(p.shard, logits, teacher_logits)
             self._dense(student, teacher, sl, logits)
         else:

@@ -9,7 +9,7 @@ steps on the same rows: what decides about a step is a whole sum, never a proces
 Shapes: n rows, V vocabulary, K support.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -134,7 +134,7 @@ class VocabShard:
 def make_shard(
     group: dist.ProcessGroup | None,
     student_weight: Tensor,
-    teacher_weight: Tensor | None,
+    teacher_weights: Sequence[Tensor],
     vocab_size: int | None,
     must_agree: dict[str, int],
 ) -> VocabShard:
@@ -144,7 +144,7 @@ def make_shard(
     Args:
         group (`ProcessGroup` or `None`): The processes over which the heads' rows are spread.
         student_weight (`torch.Tensor`): This process's rows, shape `(V_s, H_s)`.
-        teacher_weight (`torch.Tensor` or `None`): This process's rows, shape `(V_t, H_t)`.
+        teacher_weights (`Sequence[torch.Tensor]`): This process's rows of each dense teacher, shapes `(V_t, H_t)`.
         vocab_size (`int` or `None`): Compare the first `vocab_size` entries of the whole vocabulary only.
         must_agree (`dict[str, int]`): Other numbers that have to be the same on all processes, by name.
 
@@ -152,31 +152,33 @@ def make_shard(
         ValueError: On all processes alike, if the shards of student and teacher do not line up, a process holds no
             rows at all, or a number of `must_agree` differs.
     """
-    student, teacher = student_weight.shape[0], None if teacher_weight is None else teacher_weight.shape[0]
+    heads = [student_weight.shape[0], *(weight.shape[0] for weight in teacher_weights)]
     if group is None or dist.get_world_size(group) == 1:
-        return VocabShard((min(x for x in (student, teacher, vocab_size) if x is not None),))
-    numbers = [student, student if teacher is None else teacher, *must_agree.values()]
+        return VocabShard((min(heads if vocab_size is None else [*heads, vocab_size]),))
+    numbers = [*must_agree.values(), *heads]
     mine = torch.tensor(numbers, dtype=torch.int64, device=student_weight.device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     columns = torch.stack(everyone).t().tolist()
-    for name, values in zip(must_agree, columns[2:], strict=True):
+    for name, values in zip(must_agree, columns, strict=False):
         if len(set(values)) > 1:
             raise ValueError(
                 f"{name} must be the same on all processes of vocab_group, got {values}. They share every row, and "
                 "each holds a part of the vocabulary."
             )
-    students, teachers = columns[:2]
+    students, *teachers = columns[len(must_agree) :]
     if 0 in students:
         raise ValueError(f"Every process of vocab_group must hold rows of the head, got {students} rows.")
-    total = min(x for x in (sum(students), sum(teachers), vocab_size) if x is not None)
-    held = [_first(rows, total) for rows in (students, teachers)]
-    if held[0] != held[1]:
-        raise ValueError(
-            f"The shards of student_weight and teacher_weight must hold the same rows of the first {total}, got "
-            f"{students} and {teachers} rows in rank order. Cut both heads at the same entries."
-        )
-    return VocabShard(tuple(held[0]), group, dist.get_rank(group))
+    totals = [sum(rows) for rows in (students, *teachers)]
+    total = min(totals if vocab_size is None else [*totals, vocab_size])
+    held = _first(students, total)
+    for rows in teachers:
+        if _first(rows, total) != held:
+            raise ValueError(
+                f"The shards of student_weight and teacher_weight must hold the same rows of the first {total}, got "
+                f"{students} and {rows} rows in rank order. Cut both heads at the same entries."
+            )
+    return VocabShard(tuple(held), group, dist.get_rank(group))
 
 
 def _first(rows: list[int], total: int) -> list[int]:

@@ -127,6 +127,11 @@ class RemoteTeacher:
         return ", ".join(self.urls)
 
     @property
+    def served_model(self) -> str | None:
+        """What the servers call the model; known once they were asked."""
+        return next((s.identity.model for s in self.client.servers if s.identity is not None), self.model)
+
+    @property
     def max_length(self) -> int | None:
         """Longest prompt and completion that all servers take; known once they were asked."""
         lengths = [PROTOCOLS[i.kind].max_length(i) for i in (s.identity for s in self.client.servers) if i is not None]
