@@ -2,10 +2,10 @@
 """
 Benchmarks: `trl-opd bench head` (the divergence alone) and `trl-opd bench step` (a training step) beside TRL and
 Liger; `trl-opd bench teacher` (quantized, offloaded and split teachers beside a plain one); `trl-opd bench topk` (what
-a top-k teacher costs in accuracy).
+a top-k teacher costs in accuracy); `trl-opd bench server` (what a teacher's server delivers); `trl-opd bench cache`
+(what stored scores take).
 
-The first three let the alternatives take turns on the same inputs in one process. All print a table; `--json` and
-`--png` keep it.
+Alternatives take turns on the same inputs in one process. All print a table; `--json` keeps it.
 """
 
 import argparse
@@ -16,6 +16,8 @@ BENCHMARKS = {
     "step": "a whole training step beside TRL's DistillationTrainer",
     "teacher": "ways to make a teacher fit, and what they cost",
     "topk": "the gradient from a top-k teacher beside that from all entries",
+    "server": "tokens a second, bytes and reading time of a teacher's server",
+    "cache": "size, accuracy and speed of stored scores",
 }
 
 
