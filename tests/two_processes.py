@@ -32,6 +32,7 @@ LEARNING_RATE = 0.1
 # The first two rows of each batch of four go to the first process, the others to the second
 PROMPTS = ["abc", "hello world", "the quick", "x", "12 34", "what is it", "zz", "quiet"]
 MASKED_PROMPTS = ["abc", "hello world", "mask", "mask this", "12 34", "what is it", "masked", "mask it"]
+TEACHER_PROMPTS = ["the answer is 42. abc", "h", None, "x", "12 34 56 78", None, "z", "be quiet"]
 THINK = 4
 
 
@@ -54,6 +55,20 @@ def rollouts_of_a_tool(prompts, trainer):
     output = rollouts(prompts, trainer)
     output["env_mask"] = [[int(token != THINK) for token in ids] for ids in output["completion_ids"]]
     return output
+
+
+def rollouts_of_siblings(prompts, trainer):
+    """As `rollouts`, but every completion of a prompt is another one, wherever it is made."""
+    first = len(prompts) * int(os.environ.get("RANK", "0"))
+    encoded = trainer.processing_class(prompts)["input_ids"]
+    completions = [complete(f"{p}{i}") for i, p in enumerate(prompts, first)]
+    return {"prompt_ids": encoded, "completion_ids": completions, "logprobs": None}
+
+
+def sibling_view(example, completion, reward, group):
+    """The prompt after the best of the other completions; none where the reward is 0."""
+    best = max(group, key=lambda sibling: (sibling["reward"], sibling["completion"]))
+    return None if reward == 0 else f"{best['completion']} {reward} {example['prompt']}"
 
 
 def topk_teacher(batch):
@@ -109,6 +124,19 @@ RUNS = {
     "tool rank, dapo": TOOL,
     "tool rank, grpo": {**TOOL, "loss_type": "grpo"},
     "tool rank, policy gradient": {**TOOL, **PG},
+    "teacher prompts": {"teacher_prompts": TEACHER_PROMPTS},
+    "teacher prompts, policy gradient": {"teacher_prompts": TEACHER_PROMPTS, **PG},
+    "rank that is too long for the teacher": {
+        "teacher_prompts": [*TEACHER_PROMPTS[:6], "a" * 40, "b" * 50],
+        "teacher_max_length": 40,
+        "teacher_overflow": "skip",
+    },
+    "view of siblings on both processes": {
+        "teacher_view": sibling_view,
+        "rollout_func": rollouts_of_siblings,
+        "reward_funcs": num_tokens_reward,
+        "num_generations": 4,
+    },
     "all masked": {"special_token_masking": ["<think>"], "prompts": ["mask", "mask it"] * 4},
 }
 
@@ -124,6 +152,9 @@ def make_trainer(
     reward_funcs=None,
     callbacks=None,
     dtype=torch.float64,
+    teacher_prompts=None,
+    teacher_names=None,
+    teacher_view=None,
     **fields,
 ):
     """A trainer that sees the same global batches in any number of processes."""
@@ -139,17 +170,20 @@ def make_trainer(
         "max_grad_norm": 0.0,
         "ddp_timeout": 30,
     }
+    columns = {"teacher_prompt": teacher_prompts, "teacher": teacher_names}
+    columns = {name: column for name, column in columns.items() if column is not None}
     trainer = OnPolicyDistillTrainer(
         model=make_student().to(dtype),
         teacher_model=teacher or make_teacher().to(dtype),
         reward_funcs=reward_funcs,
         args=OnPolicyDistillConfig(**trainer_config(output_dir, **{**defaults, **fields})),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        train_dataset=Dataset.from_dict({"prompt": prompts, **columns}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS, **columns}),
         processing_class=make_tokenizer(),
         peft_config=peft_config and peft_config(),
         rollout_func=rollout_func,
         callbacks=callbacks,
+        teacher_view=teacher_view,
     )
     assert trainer.accelerator.num_processes == world
     return trainer
@@ -230,6 +264,19 @@ class FailingTeacher:
         return scores
 
 
+class FailingView:
+    """A `teacher_view` that fails once on the second process alone, in the second step."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, example, completion, reward, group):
+        self.calls += 1
+        if os.environ["RANK"] == "1" and self.calls == 3:
+            raise KeyError("answers")
+        return example["prompt"]
+
+
 class BreakTeacher(TrainerCallback):
     """After the first step, weights of the second process's local teacher (or of its shard) become NaN."""
 
@@ -256,6 +303,11 @@ FAILURES = {
     "nan": {"teacher": lambda: FailingTeacher("nan")},
     "shape": {"teacher": lambda: FailingTeacher("shape")},
     "raises": {"teacher": lambda: FailingTeacher("raises")},
+    "view": {
+        "teacher": lambda: {name: FailingTeacher("not") for name in ("a", "b")},
+        "teacher_names": ["a", "b"] * 4,
+        "teacher_view": FailingView(),
+    },
     "local": {"teacher": make_teacher},
     "local, policy gradient": {"teacher": make_teacher, **PG},
 }
@@ -264,7 +316,8 @@ FAILURES = {
 def fail_and_resume(output_dir, world, teacher, **fields):
     """What a failure in the second step leaves, and the run that goes on from there with a healthy teacher."""
     failing, memory = teacher(), RememberWeights()
-    callbacks = [memory] if isinstance(failing, FailingTeacher) else [memory, BreakTeacher(failing)]
+    scripted = isinstance(failing, (FailingTeacher, dict))
+    callbacks = [memory] if scripted else [memory, BreakTeacher(failing)]
     trainer = make_trainer(output_dir, world, teacher=failing, callbacks=callbacks, **fields)
     try:
         trainer.train()
@@ -277,7 +330,7 @@ def fail_and_resume(output_dir, world, teacher, **fields):
         "saved": load_file(Path(output_dir) / "checkpoint-1" / "model.safetensors"),
         "before": memory.after[1],
     }
-    healthy = topk_teacher if isinstance(failing, FailingTeacher) else make_teacher()
+    healthy = topk_teacher if scripted else make_teacher()
     return result | train(output_dir, world, resume=True, teacher=healthy, **fields)
 
 

@@ -159,7 +159,8 @@ def collate_teacher_batch(
     Build the teacher's side from the student's `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`.
 
     Where the teacher has its own prompts, `teacher_prompt_ids` and `teacher_prompt_mask` `(B, P')` stand in the place
-    of the student's; `teacher_index` `(B,)` tells whose they are.
+    of the student's, and a sample that `teacher_skipped` `(B,)` leaves out (not 0) has no completion; `teacher_index`
+    `(B,)` tells whose they are.
 
     Args:
         inputs (`Mapping[str, Any]`): GRPO's batch.
@@ -174,9 +175,12 @@ def collate_teacher_batch(
     prompt_mask = inputs["teacher_prompt_mask" if own else "prompt_mask"]
     if vocab_size is not None:
         completion_ids = completion_ids.masked_fill(completion_ids >= vocab_size, 0)
-        if not own:  # what the teacher's tokenizer wrote it knows
+        if not own:  # the teacher's own hold what it knows
             prompt_ids = prompt_ids.masked_fill(prompt_ids >= vocab_size, 0)
-    attention_mask = torch.cat([prompt_mask, inputs["completion_mask"]], dim=1)
+    completion_mask = inputs["completion_mask"]
+    if own and "teacher_skipped" in inputs:  # such a completion may be too long for the teacher
+        completion_mask = completion_mask * (inputs["teacher_skipped"] == 0)[:, None]
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
     return TeacherBatch(
         input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
         attention_mask=attention_mask,

@@ -76,6 +76,7 @@ class TeacherSide:
     def finish(self, output: dict[str, Any]) -> None:
         """It is complete: ask those who were not asked yet, and keep in it what the micro-batches need."""
         if not self._asked:
+            self._gather_groups()
             self._submit(output)
         output.update(self._extra)
         if self.view is not None or self.trainer.args.teacher_overflow == "skip":
@@ -97,6 +98,10 @@ class TeacherSide:
         problem: Any = None
         try:
             self._extra = self._make_extra(inputs)
+        except Exception as error:
+            problem = error
+        trainer.stop_on(problem, inputs)  # before the processes speak to each other about their questions
+        try:
             inputs = {**inputs, **self._extra}
             mask = trainer.distill_mask(inputs)
             question = self.question(inputs, mask, examples=self._examples)
@@ -153,15 +158,29 @@ class TeacherSide:
             members = extra["teacher_index"].tolist()
         own, skipped = self._own_prompts(members)
         prompt_ids = [ours if theirs is None else theirs for ours, theirs in zip(self._ids[0], own, strict=True)]
-        too_long = self._too_long(prompt_ids, members)
-        if any(ids is not None for ids in own):
-            kept = [ours if long else ids for ours, ids, long in zip(self._ids[0], prompt_ids, too_long, strict=True)]
+        too_long = [self._is_too_long(*row) for row in zip(prompt_ids, self._ids[1], members, skipped, strict=True)]
+        reasons = [_NO_VIEW if skip else _OVERFLOW * long for skip, long in zip(skipped, too_long, strict=True)]
+        if any(reasons):
+            extra["teacher_skipped"] = torch.tensor(reasons, device=device)
+        written = [ids is not None and self._has_tokenizer(member) for ids, member in zip(own, members, strict=True)]
+        if any(ids is not None for ids in own) or (any(reasons) and not self.trainer._is_vlm):
+            # One token stands for a prompt that is left out, so that no sequence is longer than the teacher takes
+            kept = [
+                (ids if theirs else self._known(ids))[-1 if reason else 0 :]
+                for ids, theirs, reason in zip(prompt_ids, written, reasons, strict=True)
+            ]
             padded = self._padded(kept, self._ids[1], None)
             extra |= {"teacher_prompt_ids": padded["prompt_ids"], "teacher_prompt_mask": padded["prompt_mask"]}
-        if any(skipped) or any(too_long):
-            reasons = [_OVERFLOW if long else _NO_VIEW * skip for long, skip in zip(too_long, skipped, strict=True)]
-            extra["teacher_skipped"] = torch.tensor(reasons, device=device)
         return extra
+
+    def _has_tokenizer(self, member: int) -> bool:
+        """Whether a teacher's prompts are written by its own tokenizer, which knows no ids but the teacher's."""
+        return self.renderers[member].processing_class is not self.trainer._tokenizer
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The student's prompt without ids that only the student knows."""
+        limit = self.trainer.shared_vocab_size
+        return ids if limit is None else [i if i < limit else 0 for i in ids]
 
     def _own_prompts(self, members: list[int]) -> tuple[list[list[int] | None], list[bool]]:
         """For each sample the teacher's prompt where it differs from the student's, and whether it has none at all."""
@@ -176,28 +195,39 @@ class TeacherSide:
                 if prompt is None:
                     own.append(None)  # images stand in the student's prompt
                     continue
-                raise ValueError(
+                raise TeacherScoreError(
                     "teacher_prompt must not be given for a vision-language student: which images belong to the "
                     "teacher's prompt is not known. Leave the column out."
                 )
-            theirs = renderer.render(self._prompts[i] if prompt is None else prompt, ids, self._tools(i))
-            own.append(None if list(theirs) == list(ids) else list(theirs))
+            try:
+                theirs = renderer.render(self._prompts[i] if prompt is None else prompt, ids, self._tools(i))
+            except Exception as error:  # the template's, too
+                raise TeacherScoreError(f"A prompt cannot be rendered for the teacher: {error}") from error
+            own.append(None if theirs == list(ids) else theirs)
         return own, [self.view is not None and prompt is None for prompt in prompts]
+
+    def _gather_groups(self) -> None:
+        """For `teacher_view`, the completions of all processes: a group may be spread over them."""
+        if self.view is not None and self.trainer.accelerator.num_processes > 1:
+            self._completions = gather_object(self._completions)
 
     def _viewed(self) -> list[Any]:
         """What `teacher_view` makes of each rollout."""
         assert self.view is not None
-        trainer, n = self.trainer, len(self._examples)
-        completions, rewards, start = self._completions, list(self._rewards), 0
-        if trainer.accelerator.num_processes > 1:  # a group may be spread over processes
-            completions, start = gather_object(completions), trainer.accelerator.process_index * n
-        rewards = rewards or [None] * len(completions)
+        trainer, n, completions = self.trainer, len(self._examples), self._completions
+        rewards = self._rewards or [None] * len(completions)
         size = trainer.num_generations if self._mode == "train" else trainer.num_generations_eval
         groups = make_groups(completions, rewards, size)
-        return [
-            self.view(self._examples[i], completions[j], rewards[j], groups[j])
-            for i, j in enumerate(range(start, start + n))
-        ]
+        start = trainer.accelerator.process_index * n
+        views = []
+        for example, j in zip(self._examples, range(start, start + n), strict=True):
+            try:
+                views.append(self.view(example, completions[j], rewards[j], groups[j]))
+            except Exception as error:
+                raise TeacherScoreError(
+                    f"teacher_view failed with {error!r} for the prompt {_end_of(example.get('prompt'))}."
+                ) from error
+        return views
 
     def _tools(self, i: int) -> list | None:
         trainer = self.trainer
@@ -205,23 +235,22 @@ class TeacherSide:
             return trainer._env_tools[trainer._batch_environments[i]]
         return trainer.tools
 
-    def _too_long(self, prompt_ids: list[list[int]], members: list[int]) -> list[bool]:
-        """Which samples the teacher cannot take whole."""
-        args = self.trainer.args
-        routed = isinstance(self.teacher, RoutedTeacher)
-        too_long = []
-        for i, member in enumerate(members):
-            teacher = self.teacher.members[member] if routed else self.teacher
-            limit = args.teacher_max_length or getattr(teacher, "max_length", None)
-            length = len(prompt_ids[i]) + len(self._ids[1][i])
-            too_long.append(limit is not None and length > limit)
-            if too_long[-1] and args.teacher_overflow == "error":
-                raise TeacherScoreError(
-                    f"A sample for teacher {teacher_name(teacher)!r} has {length} tokens ({len(prompt_ids[i])} of "
-                    f"them in the teacher's prompt), but it takes {limit}. Cutting it would take away the problem. "
-                    "Set teacher_overflow='skip', a smaller max_completion_length, or shorter prompts."
-                )
-        return too_long
+    def _is_too_long(self, prompt_ids: list[int], completion_ids: list[int], member: int, skipped: bool) -> bool:
+        """Whether the teacher cannot take a sample whole."""
+        args, teacher = self.trainer.args, self.teacher
+        if isinstance(teacher, RoutedTeacher):
+            teacher = teacher.members[member]
+        limit = args.teacher_max_length or getattr(teacher, "max_length", None)
+        length = len(prompt_ids) + len(completion_ids)
+        if skipped or limit is None or length <= limit:
+            return False
+        if args.teacher_overflow == "error":
+            raise TeacherScoreError(
+                f"A sample for teacher {teacher_name(teacher)!r} has {length} tokens ({len(prompt_ids)} of them in "
+                f"the teacher's prompt), but it takes {limit}. Cutting it would take away the problem. Set "
+                "teacher_overflow='skip', a smaller max_completion_length, or shorter prompts."
+            )
+        return True
 
     # The micro-batch
 
@@ -257,3 +286,9 @@ class TeacherSide:
     def _check(self, scores: Scores, mask: Tensor) -> Any:
         require_scores(scores, self.trainer.args.credit, teacher_name(self.teacher))
         return find_bad_score(scores, mask)
+
+
+def _end_of(prompt: Any) -> str:
+    """The end of a prompt, for a message."""
+    text = str(prompt)
+    return repr(text if len(text) <= 60 else f"...{text[-60:]}")

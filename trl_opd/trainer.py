@@ -18,13 +18,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .alarms import BadScore, describe, stop_together
-from .collators import Scores
+from .collators import RoutedScores, Scores
 from .config import OnPolicyDistillConfig
 from .credit import sampled_advantages
 from .heads import add_head_branch
 from .metrics import TokenMetrics, add_direct, add_policy_gradient
 from .preflight import (
-    check_adapter,
     check_dataset,
     check_masked_tokens,
     check_mix,
@@ -32,8 +31,6 @@ from .preflight import (
     check_reward_group,
     check_sources,
     check_student,
-    check_teacher,
-    check_teacher_columns,
     needs_per_token_grad,
 )
 from .student import (
@@ -44,9 +41,9 @@ from .student import (
     find_bad_token,
     sampled_answer,
 )
-from .teacher_preflight import check_teacher_fields
+from .teacher_preflight import check_adapter, check_teacher, check_teacher_columns, check_teacher_fields
 from .teacher_side import TeacherSide
-from .teachers import resolve_teacher
+from .teachers import RoutedTeacher, resolve_teacher
 from .teachers.answers import is_dense
 from .teachers.base import leaves, teacher_name
 from .views import TeacherView
@@ -128,6 +125,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     }
 
     args: OnPolicyDistillConfig
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -233,6 +231,12 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self.generation_config.suppress_tokens = suppressed
         self.generation_kwargs["suppress_tokens"] = suppressed
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher is not None:  # what `remove_unused_columns=True` must leave
+            columns = [*self._signature_columns, "teacher_prompt", getattr(self.teacher, "column", "teacher")]
+            self._signature_columns = list(dict.fromkeys(columns))
+
     # Rollouts: GRPO's own, with the teacher's side added to the batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -318,7 +322,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)
             if not self._needs_per_token_grad:  # nor is there a surrogate
                 del inputs["old_per_token_logps"]
-        return MicroBatch(inputs, loss_mask, mask, weights, inputs.get("teacher_scores"))
+        teachers = self.teacher.names if isinstance(self.teacher, RoutedTeacher) else ()
+        return MicroBatch(inputs, loss_mask, mask, weights, inputs.get("teacher_scores"), teachers=teachers)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         batch = self._micro_batch
@@ -351,7 +356,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         )
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output
-        if is_dense(scores):
+        # Another process may have hidden states of a teacher that has no sample here
+        if is_dense(scores) or isinstance(scores, RoutedScores):
             bad = find_bad_token(output, batch.distill_mask)
             self.stop_on(find_bad_loss(output) if bad is None else bad, batch.inputs)
         log_probs, entropy = output.log_probs, output.entropy

@@ -21,6 +21,12 @@ _THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _TAIL = 32  # tokens of a prompt in which such a block is looked for
 
 
+def _kind(text: str) -> str:
+    """The block of thoughts that a prompt ends in: `"<think>"`, `"<think></think>"`, or `""`."""
+    thought = _THOUGHT.search(text)
+    return "" if thought is None else "".join(thought.group().split())
+
+
 @dataclass
 class PromptRenderer:
     """
@@ -53,13 +59,21 @@ class PromptRenderer:
             tools (`list`, *optional*): The tools that the student's prompt names.
 
         Raises:
-            ValueError: If it is neither text nor messages, or has images.
+            ValueError: If it is neither text nor messages, is empty, or has images.
         """
+        ids = self._render(prompt, list(student_ids)[-_TAIL:], tools)
+        if not ids:
+            raise ValueError(
+                f"teacher_prompt must have a token, got {prompt!r}. The first token of the completion would be scored "
+                "after nothing. Start it with the tokenizer's begin-of-sequence token, or leave it out (None)."
+            )
+        return ids
+
+    def _render(self, prompt: Any, student_ids: list[int], tools: list | None) -> list[int]:
         tokenizer = self.processing_class
-        tail = self.student.decode(list(student_ids)[-_TAIL:], skip_special_tokens=False)
-        thought = _THOUGHT.search(tail)
+        tail = self.student.decode(student_ids, skip_special_tokens=False)
         if isinstance(prompt, str):
-            if bool(_THOUGHT.search(prompt)) != bool(thought) and not self._warned:
+            if _kind(prompt) != _kind(tail) and not self._warned:
                 self._warned = True
                 logger.warning(
                     f"The teacher's prompt ends in {prompt[-30:]!r} and the student's in {tail[-30:]!r}: one of them "
@@ -67,15 +81,17 @@ class PromptRenderer:
                     "another text. End teacher_prompt like prompt."
                 )
             return tokenizer(text=prompt)["input_ids"]
-        if not is_conversational({"prompt": prompt}):
+        if not prompt or not is_conversational({"prompt": prompt}):
             raise ValueError(
                 f"teacher_prompt must be text or a list of messages with role and content, got {prompt!r}. It is "
                 "rendered like prompt."
             )
-        if any(not isinstance(message.get("content"), (str, type(None))) for message in prompt):
+        contents = [message.get("content") for message in prompt]
+        kinds = {part["type"] for content in contents if isinstance(content, list) for part in content} - {"text"}
+        if kinds:
             raise ValueError(
-                "teacher_prompt must hold text messages, got content blocks. Images of a teacher's own prompt are not "
-                "supported. Leave the column out to show the teacher the student's prompt."
+                f"teacher_prompt must hold text, got content of type {sorted(kinds)}. Images of a teacher's own "
+                "prompt are not supported. Leave the column out to show the teacher the student's prompt."
             )
         text = tokenizer.apply_chat_template(
             prompt,
@@ -85,8 +101,18 @@ class PromptRenderer:
             tokenize=False,
             **self.template_kwargs,
         )
-        text = _THOUGHT.sub("", text) + (thought.group() if thought else "")
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_THOUGHT.sub("", text), add_special_tokens=False)["input_ids"]
+        return [*ids, *self._thought_ids(student_ids, tail)]
+
+    def _thought_ids(self, student_ids: list[int], tail: str) -> list[int]:
+        """The block of thoughts that the student's prompt ends in, with the ids that it has there."""
+        thought = _THOUGHT.search(tail)
+        if thought is None:
+            return []
+        for start in reversed(range(len(student_ids))):
+            if _THOUGHT.match(self.student.decode(student_ids[start:], skip_special_tokens=False)):
+                return student_ids[start:]
+        return self.student(thought.group(), add_special_tokens=False)["input_ids"]  # it begins within a token
 
 
 def make_renderer(trainer: Any, teacher_processing_class: Any) -> PromptRenderer:
