@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ class TokenMetrics:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def compute(self, accelerator: Accelerator) -> dict[str, list[float]]:
-        """Reduce over the processes and forget. All processes must call it together, with the same names."""
-        if not self._sums:
-            return {}
+        """Reduce over the processes and forget. All processes must call it together."""
         names = sorted(self._sums)
-        sums = torch.stack([self._sums[name].to(accelerator.device) for name in names])
+        if accelerator.num_processes > 1:  # one process may have had no sample of some kind
+            names = sorted(set(gather_object(names)))
+        if not names:
+            return {}
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        nothing = torch.zeros(2)
+        sums = torch.stack([self._sums.get(name, nothing).to(accelerator.device, dtype) for name in names])
         self._sums = {}
         sums = accelerator.reduce(sums, reduction="sum").tolist()
         return {name: [total / count] for name, (total, count) in zip(names, sums, strict=True) if count}
@@ -58,10 +63,22 @@ def add_loss(metrics: TokenMetrics, loss: Tensor, accumulation: float) -> None:
 
 
 def add_direct(metrics: TokenMetrics, batch: "MicroBatch", output: "StudentOutput", accumulation: float) -> None:
-    """Metrics of a micro-batch whose divergence was backpropagated, all from the one projection."""
+    """
+    Metrics of a micro-batch whose divergence was backpropagated, all from the one projection.
+
+    Of several teachers, those of each are `distill/NAME/...`, and what only some of them tell is a mean over theirs.
+    """
     assert output.loss is not None
     add_loss(metrics, output.loss, accumulation)
-    teacher_logprobs = output.teacher_logprobs
+    if not batch.parts:
+        _add_tokens(metrics, "distill", output, batch.distill_mask)
+    for name, rows, part in batch.parts:
+        for prefix in ("distill", f"distill/{name}"):
+            _add_tokens(metrics, prefix, part, batch.distill_mask[rows])
+    _add_shares(metrics, batch)
+
+
+def _add_tokens(metrics: TokenMetrics, prefix: str, output: "StudentOutput", mask: Tensor) -> None:
     named = {
         "reverse_kl": output.reverse_kl,
         "forward_kl": output.forward_kl,
@@ -69,11 +86,18 @@ def add_direct(metrics: TokenMetrics, batch: "MicroBatch", output: "StudentOutpu
         "teacher_entropy": output.teacher_entropy,
         "overlap": output.overlap,
     }
-    if teacher_logprobs is not None and output.divergence is not None and output.log_probs is not None:
-        named["teacher_student_gap"] = teacher_logprobs - output.log_probs
+    if output.teacher_logprobs is not None and output.divergence is not None and output.log_probs is not None:
+        named["teacher_student_gap"] = output.teacher_logprobs - output.log_probs
     for name, values in named.items():
         if values is not None:
-            metrics.add(f"distill/{name}", values, batch.distill_mask)
+            metrics.add(f"{prefix}/{name}", values, mask)
+
+
+def _add_shares(metrics: TokenMetrics, batch: "MicroBatch") -> None:
+    """`distill/NAME/share`: the share of the distilled tokens that each of several teachers has."""
+    mask = batch.distill_mask
+    for name, rows in batch.rows_by_teacher.items():
+        metrics.add_sum(f"distill/{name}/share", mask[rows].sum().to(_sum_dtype(mask)), mask.sum())
 
 
 def add_policy_gradient(
@@ -94,6 +118,9 @@ def add_policy_gradient(
     mask = batch.distill_mask
     gap = (teacher_logprobs - student_logprobs).masked_fill(~mask, 0.0)
     add_loss(metrics, -(batch.weights * advantages).sum(), accumulation)
-    metrics.add("distill/teacher_student_gap", gap, mask)
-    metrics.add("distill/reverse_kl", torch.expm1(gap) - gap, mask)
-    metrics.add("distill/student_entropy", entropies, mask)
+    values = {"teacher_student_gap": gap, "reverse_kl": torch.expm1(gap) - gap, "student_entropy": entropies}
+    for name, value in values.items():
+        metrics.add(f"distill/{name}", value, mask)
+        for teacher, rows in batch.rows_by_teacher.items():
+            metrics.add(f"distill/{teacher}/{name}", value[rows], mask[rows])
+    _add_shares(metrics, batch)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """One micro-batch of distillation: the request that travels into the student's forward, and what comes back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ class MicroBatch:
     weights: Tensor  # (B, T), of the one reduction
     scores: Scores | None = None
     output: StudentOutput | None = None
+    teachers: Sequence[str] = ()  # names of a routed teacher's members
+    parts: Sequence[tuple[str, Tensor, StudentOutput]] = ()  # of those, with the indices of their sequences
+
+    @property
+    def rows_by_teacher(self) -> dict[str, Tensor]:
+        """Which sequences go to each of several teachers, boolean `(B,)`."""
+        return {name: self.inputs["teacher_index"] == i for i, name in enumerate(self.teachers)}
 
 
 def distillation_head(
@@ -125,8 +133,10 @@ def distillation_head(
     def call(hidden_states: Tensor, head: Head, aux_loss: Tensor | None) -> StudentOutput:
         hidden_states = hidden_states[:, -num_tokens - 1 : -1]
         if isinstance(scores, RoutedScores):
-            parts = [(rows, part(hidden_states, head, rows, answer)) for rows, answer in scores.parts.values()]
-            output = _assemble(parts, target_ids.shape, hidden_states)
+            batch.parts = [
+                (name, rows, part(hidden_states, head, rows, answer)) for name, (rows, answer) in scores.parts.items()
+            ]
+            output = _assemble(batch.parts, target_ids.shape, hidden_states)
         else:
             output = part(hidden_states, head, None, scores)
         zeros = hidden_states.new_zeros(target_ids.shape, dtype=torch.float32)
@@ -165,18 +175,20 @@ def _parameters(answer: TeacherScores | MixedScores) -> list[Tensor | None]:
     return [x for m in members if m.head is not None for x in (m.head.weight, m.head.bias)]
 
 
-def _assemble(parts: list[tuple[Tensor, StudentOutput]], shape: torch.Size, hidden_states: Tensor) -> StudentOutput:
+def _assemble(
+    parts: Sequence[tuple[str, Tensor, StudentOutput]], shape: torch.Size, hidden_states: Tensor
+) -> StudentOutput:
     """One output of several whose sequences are the given rows. What some part does not know is left out."""
     output = StudentOutput(loss=hidden_states.sum() * 0.0)  # in the graph of a batch without any part, too
-    for _, part in parts:
+    for _, _, part in parts:
         output.loss = output.loss + part.loss  # type: ignore[operator]
     for f in fields(StudentOutput):
-        values = [getattr(part, f.name) for _, part in parts]
+        values = [getattr(part, f.name) for _, _, part in parts]
         if f.name in ("loss", "aux_loss") or not parts or any(value is None for value in values):
             continue
         whole = torch.zeros(shape, dtype=values[0].dtype, device=values[0].device)
-        for (rows, _), value in zip(parts, values, strict=True):
-            whole = whole.index_copy(0, rows, value)
+        for (_, rows, _), value in zip(parts, values, strict=True):
+            whole = whole.index_copy(0, rows, value.to(whole.dtype))
         setattr(output, f.name, whole)
     return output
 
