@@ -143,7 +143,8 @@ class RoutedScores:
     Args:
         parts (`Mapping[str, tuple[Tensor, TeacherScores | MixedScores]]`):
             By the teacher's name: the indices `(R,)` of its sequences, and its answer about those. Every sequence is
-            in one part. Several processes hold the same names in the same order, some with no sequence.
+            in one part. Teachers whose weights are sharded are in the same order on all processes, with no sequence
+            on some.
     """
 
     parts: Mapping[str, "tuple[Tensor, TeacherScores | MixedScores]"]

@@ -179,7 +179,7 @@ def _assemble(
     parts: Sequence[tuple[str, Tensor, StudentOutput]], shape: torch.Size, hidden_states: Tensor
 ) -> StudentOutput:
     """One output of several whose sequences are the given rows. What some part does not know is left out."""
-    output = StudentOutput(loss=hidden_states.sum() * 0.0)  # in the graph of a batch without any part, too
+    output = StudentOutput(loss=hidden_states[:0].sum())  # in the graph of a batch without any part, too
     for _, _, part in parts:
         output.loss = output.loss + part.loss  # type: ignore[operator]
     for f in fields(StudentOutput):

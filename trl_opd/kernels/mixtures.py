@@ -27,17 +27,13 @@ _LOWEST = -1e30  # as `rows.normalize` has it: a finite logit of probability zer
 
 def shares(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
-    From the weights `(.., M)`: for each teacher, the share of those before it and its own, `(.., M)` each. The two add
-    up to 1 to the bit, and a small one keeps its digits.
+    From the float64 weights `(.., M)`: for each teacher, the share of those before it and its own, `(.., M)` each. In
+    float32 the two add up to 1 to the bit (the larger is off by half a unit at most, where a tie goes to the even 1).
     """
     total = weights.cumsum(-1)
-    own, rest = weights / total, torch.zeros_like(total)
-    rest[..., 1:] = total[..., :-1] / total[..., 1:]
-    small = own < 0.5
-    # The smaller is rounded, the larger is 1 − that, rounded: their sum is within half a unit in the last place of 1
-    smaller = torch.where(small, own, rest).to(dtype)
-    larger = 1 - smaller
-    return torch.where(small, larger, smaller), torch.where(small, smaller, larger)
+    rest = torch.zeros_like(total)
+    rest[..., 1:] = total[..., :-1] / total[..., 1:]  # 1 − its own would lose a small one
+    return rest.to(dtype), (weights / total).to(dtype)
 
 
 class TeacherMixture:
