@@ -51,7 +51,8 @@ class StubServer:
         self._lock = threading.Lock()
         self.http = QuietServer(("127.0.0.1", 0), self._handler())
         if context is not None:
-            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+            # Hands are shaken by each connection's own thread: one that says nothing must not keep the others waiting
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True, do_handshake_on_connect=False)
         self.url = f"{'http' if context is None else 'https'}://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
