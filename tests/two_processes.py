@@ -99,6 +99,12 @@ PG = {"credit": "policy_gradient", "support": "sampled"}
 MASKED = {"prompts": MASKED_PROMPTS, "special_token_masking": ["<think>"]}
 TOOL = {"prompts": MASKED_PROMPTS, "rollout_func": rollouts_of_a_tool}
 
+TOO_LONG = {
+    "teacher_prompts": [*TEACHER_PROMPTS[:6], "a" * 40, "b" * 50],
+    "teacher_max_length": 40,
+    "teacher_overflow": "skip",
+}
+
 # Runs that must be equal in one process and two
 RUNS = {
     "dapo": {},
@@ -126,11 +132,8 @@ RUNS = {
     "tool rank, policy gradient": {**TOOL, **PG},
     "teacher prompts": {"teacher_prompts": TEACHER_PROMPTS},
     "teacher prompts, policy gradient": {"teacher_prompts": TEACHER_PROMPTS, **PG},
-    "rank that is too long for the teacher": {
-        "teacher_prompts": [*TEACHER_PROMPTS[:6], "a" * 40, "b" * 50],
-        "teacher_max_length": 40,
-        "teacher_overflow": "skip",
-    },
+    "rank that is too long for the teacher": TOO_LONG,
+    "rank that is too long for the teacher, policy gradient": {**TOO_LONG, **PG},
     "view of siblings on both processes": {
         "teacher_view": sibling_view,
         "rollout_func": rollouts_of_siblings,

@@ -54,6 +54,11 @@ class TeacherSide:
         self._rewards: list[float | None] = []
         self._extra: dict[str, Tensor] = {}
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether samples may be left out, on this process or another."""
+        return self.view is not None or self.trainer.args.teacher_overflow == "skip"
+
     # The generation batch: noted piece by piece, as GRPOTrainer makes it
 
     def begin(self, examples: list[dict[str, Any]]) -> None:
@@ -79,7 +84,7 @@ class TeacherSide:
             self._gather_groups()
             self._submit(output)
         output.update(self._extra)
-        if self.view is not None or self.trainer.args.teacher_overflow == "skip":
+        if self.may_skip:
             self._count_skipped(self._extra.get("teacher_skipped"))
         rows = len(output["completion_ids"])
         output["teacher_rows"] = torch.arange(rows, device=output["completion_ids"].device)

@@ -405,7 +405,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
 
     def _mask_ratio(self, batch: MicroBatch) -> Tensor | float:
         """GRPO's surrogate divides by all of its tokens: what brings it to a mean over those that are distilled."""
-        if not self._masked_ids and self.shared_vocab_size is None and "teacher_skipped" not in batch.inputs:
+        if not self._masked_ids and self.shared_vocab_size is None and not self._teacher_side.may_skip:
             return 1.0
         ours = self._reduction_weights(batch.distill_mask, batch.inputs["num_distill_tokens"])
         return ours / self._reduction_weights(batch.loss_mask, batch.inputs["num_items_in_batch"]).clamp(min=1e-30)

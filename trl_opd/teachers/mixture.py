@@ -13,12 +13,13 @@ from ..kernels.members import MIXTURES
 from ..losses import nearest_name
 from .answers import TeacherScoreError
 from .base import PendingScores, collect, submit, teacher_name
+from .group import TeacherGroup
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-class MixtureTeacher:
+class MixtureTeacher(TeacherGroup):
     r"""
     Several teachers, of whose distributions p_k with weights w_k one of three objectives is made:
 
@@ -86,22 +87,6 @@ class MixtureTeacher:
         return any(getattr(member, "scores_in_loss", False) for member in self.members)
 
     @property
-    def asynchronous(self) -> bool:
-        """Whether all that is asked at generation time is asked without waiting."""
-        early = [m for m in self.members if not getattr(m, "scores_in_loss", False) or hasattr(m, "submit")]
-        return bool(early) and all(getattr(member, "asynchronous", False) for member in early)
-
-    @property
-    def changes(self) -> bool:
-        """Whether a member's weights move during the run."""
-        return any(getattr(member, "changes", False) for member in self.members)
-
-    @property
-    def takes_requested_ids(self) -> bool:
-        """Whether a member is asked for entries that the student chooses."""
-        return any(getattr(member, "takes_requested_ids", False) for member in self.members)
-
-    @property
     def vocab_size(self) -> int | None:
         """Ids that all members know, as far as that is known."""
         return self._smallest("vocab_size")
@@ -125,8 +110,11 @@ class MixtureTeacher:
                 "state and drops out of the mean gradient; in a sum over later tokens it does not. Set discount=0, "
                 "mixture='loss_sum' or 'arithmetic'."
             )
+        # A member may also be one of another mixture, or stand alone, in a RoutedTeacher that knows who is prepared
+        prepared: set[int] = getattr(getattr(trainer, "teacher", None), "_prepared", set())
         for member in self.members:
-            if hasattr(member, "prepare"):
+            if id(member) not in prepared and hasattr(member, "prepare"):
+                prepared.add(id(member))
                 member.prepare(trainer)
 
     def submit(self, batch: TeacherBatch) -> "MixturePending | None":

@@ -12,13 +12,14 @@ from ..collators import MixedScores, RoutedScores, TeacherBatch, TeacherScores
 from ..losses import nearest_name
 from .answers import TeacherScoreError
 from .base import PendingScores, collect, submit, teacher_name
+from .group import TeacherGroup
 from .local import LocalTeacher
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-class RoutedTeacher:
+class RoutedTeacher(TeacherGroup):
     """
     A teacher for each kind of sample, named in a column of the dataset.
 
@@ -54,22 +55,6 @@ class RoutedTeacher:
     def name(self) -> str:
         """Its teachers' names."""
         return "{" + ", ".join(f"{n}: {teacher_name(m)}" for n, m in zip(self.names, self.members, strict=True)) + "}"
-
-    @property
-    def asynchronous(self) -> bool:
-        """Whether all that is asked at generation time is asked without waiting."""
-        early = [m for m in self.members if not getattr(m, "scores_in_loss", False) or hasattr(m, "submit")]
-        return bool(early) and all(getattr(member, "asynchronous", False) for member in early)
-
-    @property
-    def changes(self) -> bool:
-        """Whether a member's weights move during the run."""
-        return any(getattr(member, "changes", False) for member in self.members)
-
-    @property
-    def takes_requested_ids(self) -> bool:
-        """Whether a member is asked for entries that the student chooses."""
-        return any(getattr(member, "takes_requested_ids", False) for member in self.members)
 
     def route(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         """
