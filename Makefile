@@ -45,7 +45,7 @@ demo: $(VENV)/.user-stamp
 	$(BIN)/trl-opd demo
 
 test: $(VENV)/.test-stamp
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not vllm' $(PYTEST_ARGS)
 
 # pytest leaves with 5 when PYTEST_ARGS chooses no slow test.
 test-slow: $(VENV)/.test-stamp

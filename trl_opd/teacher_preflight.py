@@ -12,18 +12,36 @@ from torch import nn
 from .config import OnPolicyDistillConfig
 from .losses import nearest_name
 from .preflight import check_path, config_of, student_kwargs, student_tokenizer, tokenizer_of
-from .teachers import AdapterTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
+from .teachers import AdapterTeacher, LocalTeacher, MixtureTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
 from .teachers.base import leaves
 from .vocabulary import as_tokenizer, shared_vocab_size
 
 
 def check_teacher_fields(args: OnPolicyDistillConfig, teacher: Any) -> None:
     """Fields of a kind of teacher that is not there would be ignored."""
-    kinds = [type(leaf) for leaf in leaves(teacher)] if teacher is not None else []
-    if teacher is not None and SelfTeacher not in kinds and args.teacher_sync != "frozen":
+    selves = [leaf for leaf in leaves(teacher) if isinstance(leaf, SelfTeacher)]
+    if teacher is not None and not selves and args.teacher_sync != "frozen":
         raise ValueError(
             f"teacher_sync must be 'frozen' unless teacher_model='self', got {args.teacher_sync!r}. Only the student "
             "as its own teacher has weights to follow. Set teacher_model='self', or unset it."
+        )
+    following = [{"sync": leaf.sync, "steps": leaf.steps, "rate": leaf.rate} for leaf in selves]
+    if selves and args.teacher_sync != "frozen" and args.teacher_syncing not in following:
+        raise ValueError(
+            f"teacher_sync must be unset with a SelfTeacher, or a MixtureTeacher's 'self', that follows otherwise, "
+            f"got {args.teacher_sync!r} beside {following}. It would be ignored. Unset it, and make the member with "
+            "SelfTeacher(sync=...)."
+        )
+    kept = [x for x in following if x["sync"] != "live"]
+    if any(x != kept[0] for x in kept):
+        raise ValueError(
+            f"All SelfTeachers of a run that keep weights must follow the student in one way, got {kept}. A "
+            "checkpoint holds the weights of one, with which all would go on. Give them one sync, steps and rate."
+        )
+    if isinstance(teacher, MixtureTeacher) and args.teacher_model_init_kwargs:
+        raise ValueError(
+            f"teacher_model_init_kwargs must be unset when teacher_model is a MixtureTeacher, got "
+            f"{args.teacher_model_init_kwargs!r}. They would be ignored. Pass them to it as init_kwargs."
         )
     local = [leaf for leaf in leaves(teacher) if isinstance(leaf, LocalTeacher)] if teacher is not None else []
     for name, value in args.teacher_memory.items():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_model
 
 from trl_opd.collators import MixedScores, TeacherBatch, TeacherScores
 from trl_opd.kernels.projection import Head
@@ -190,7 +191,11 @@ def test_a_teacher_given_twice_exists_once():
 
 
 def test_members_are_what_teacher_model_accepts():
-    teacher = MixtureTeacher(["some/path", "some/path", "other"], init_kwargs={"dtype": "float32"})
+    init_kwargs = {"dtype": "float32"}  # of those that are loaded here
+    teacher = MixtureTeacher(["some/path", "some/path", "other"], init_kwargs=init_kwargs, trust_remote_code=True)
+    assert [m.init_kwargs["trust_remote_code"] for m in teacher.members] == [True] * 2
+    model = make_model()
+    assert MixtureTeacher(["some/path", model], init_kwargs=init_kwargs).members[1].model is model
     assert [type(m) for m in teacher.members] == [LocalTeacher] * 2
     assert [m.init_kwargs["dtype"] for m in teacher.members] == ["float32"] * 2
     assert teacher.weights == pytest.approx([2 / 3, 1 / 3])
@@ -201,6 +206,36 @@ def test_limits_are_those_of_the_most_limited_member():
     teacher = MixtureTeacher(members)
     assert (teacher.max_length, teacher.vocab_size, teacher.changes) == (7, V, True)
     assert MixtureTeacher([Stub(None)]).max_length is None and not MixtureTeacher([Stub(None)]).changes
+
+
+def test_it_is_asynchronous_if_nobody_who_is_asked_early_keeps_it_waiting():
+    early, waiting, late = EarlyStub(top_k(0)), Stub(top_k(1)), Stub(hidden(2), scores_in_loss=True)
+    for members, expected in (
+        ([early], True),
+        ([late, early], True),
+        ([early, waiting], False),
+        ([waiting, late], False),
+        ([late], False),
+    ):
+        assert MixtureTeacher(members, mixture="loss_sum").asynchronous is expected
+
+
+def test_entries_that_the_student_chooses_are_wanted_if_one_member_wants_them():
+    members = [Stub(None), Stub(None, takes_requested_ids=True)]
+    assert MixtureTeacher(members).takes_requested_ids
+    assert not MixtureTeacher(members[:1]).takes_requested_ids
+
+
+def test_who_asks_for_sampled_tokens_gets_no_lists():
+    answer = ask(MixtureTeacher([Stub(top_k(0)), Stub(top_k(1))], mixture="geometric"), make_batch("sampled"))
+    assert isinstance(answer, TeacherScores) and answer.topk_ids is None
+
+
+@pytest.mark.parametrize(("given", "mixed"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")])
+def test_sampled_tokens_keep_their_precision(given, mixed):
+    scores = TeacherScores(sampled_logprobs=sampled(0).sampled_logprobs.to(getattr(torch, given)))
+    answer = MixtureTeacher([Stub(scores), Stub(scores)])(make_batch("sampled"))
+    assert answer.sampled_logprobs.dtype == getattr(torch, mixed)
 
 
 def test_a_mixture_of_one_is_that_one():

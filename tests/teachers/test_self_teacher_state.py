@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from self_runs import adapted, hinted_prompts, run, trained, weights_of
 from steps import build, student
 from tiny import make_model, make_tokenizer, trainer_config
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import TrainerCallback
 
 import trl_opd
@@ -195,7 +196,8 @@ def bytes_of_tensors():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance would wake lazy objects
+        # isinstance would wake lazy objects; what compiling left behind has no memory
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -173,6 +173,10 @@ class Client:
         if self._http is not None:
             await self._http.aclose()
             self._http = None
+        # A connection that was broken off while it was being made belongs to nobody who would close it
+        for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
+            transport.abort()
+        await asyncio.sleep(0)
 
     def _enqueue(self, jobs: list[Job]) -> None:
         self._waiting.extend(jobs)
