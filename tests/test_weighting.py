@@ -150,3 +150,13 @@ def test_masked_ids_leave_the_mask_and_nothing_else_changes():
     expected = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
     assert torch.equal(mask_token_ids(mask, ids, [0, 5]), expected)
     assert torch.equal(mask_token_ids(mask, ids, []), mask)
+
+
+def test_the_first_occurrence_of_each_id_leaves_the_mask():
+    ids = torch.tensor([[3, 5, 3, 5, 7, 3], [5, 5, 5, 3, 3, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    # of row 2, the first 5 is a tool's: the first of the loss counts
+    expected = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(mask_token_ids(mask, ids, [3, 5], "first"), expected)
+    assert torch.equal(mask_token_ids(mask, ids, [9], "first"), mask)
+    assert torch.equal(mask_token_ids(mask, ids, [], "first"), mask)

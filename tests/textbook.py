@@ -31,8 +31,9 @@ def skew_forward_kl(s: Tensor, t: Tensor, skew: float) -> Tensor:
     return (t * (t / (skew * t + (1 - skew) * s)).log()).sum(-1)
 
 
-def skew_reverse_kl(s: Tensor, t: Tensor, skew: float) -> Tensor:
-    return (s * (s / (skew * s + (1 - skew) * t)).log()).sum(-1)
+def skew_reverse_kl(s: Tensor, t: Tensor, skew: float, detached: float = 0) -> Tensor:
+    m = skew * (s.detach() if detached else s) + (1 - skew) * t
+    return (s * (s / m).log()).sum(-1)
 
 
 def total_variation(s: Tensor, t: Tensor) -> Tensor:
@@ -76,21 +77,60 @@ def adaptive_kl(s: Tensor, t: Tensor, head_mass: float) -> Tensor:
     return w * forward_kl(s, t) + (1 - w) * reverse_kl(s, t)
 
 
+def entry_weights(s: Tensor, t: Tensor, weighting: str) -> Tensor:
+    return {"student": s.detach(), "teacher": t, "uniform": torch.full_like(t, 1 / t.shape[-1])}[weighting]
+
+
+def concrete_score(s: Tensor, t: Tensor, first: str, second: str) -> Tensor:
+    """½ Σ_xy w(y) w'(x) (Δ_x − Δ_y)² multiplied out, so that it takes no V² numbers."""
+    gap, w, u = (s / t).log(), entry_weights(s, t, first), entry_weights(s, t, second)
+    squares = w.sum(-1) * (u * gap**2).sum(-1) + u.sum(-1) * (w * gap**2).sum(-1)
+    return squares / 2 - (u * gap).sum(-1) * (w * gap).sum(-1)
+
+
+def entropy_gated_kl(s: Tensor, t: Tensor, threshold: float = 0.8, coef: float = 1.0) -> Tensor:
+    gate = (-(t * t.log()).sum(-1) > threshold).to(t.dtype)
+    return reverse_kl(s, t) + coef * gate * forward_kl(s, t)
+
+
+def convex_mix(s: Tensor, t: Tensor, **components: dict) -> Tensor:
+    """Every component with its weight written out."""
+    given = {name: x if isinstance(x, dict) else {"weight": x} for name, x in components.items()}
+    return sum(
+        x["weight"] * CASES[name][0](s, t, **{key: value for key, value in x.items() if key != "weight"})
+        for name, x in given.items()
+    )
+
+
 # One setting of each divergence, none of them symmetric or a special case
 CASES = {
     "forward_kl": (forward_kl, {}),
     "reverse_kl": (reverse_kl, {}),
     "generalized_jsd": (generalized_jsd, {"beta": 0.3}),
     "skew_forward_kl": (skew_forward_kl, {"skew": 0.2}),
-    "skew_reverse_kl": (skew_reverse_kl, {"skew": 0.3}),
+    "skew_reverse_kl": (skew_reverse_kl, {"skew": 0.3, "detached": 0}),
     "total_variation": (total_variation, {}),
     "alpha_divergence": (alpha_divergence, {"alpha": 0.3}),
     "alpha_beta_divergence": (alpha_beta_divergence, {"alpha": 0.4, "beta": 0.5}),
     "todi": (todi, {"scale": 1.3}),
     "adaptive_kl": (adaptive_kl, {"head_mass": 0.6}),
+    "concrete_score": (concrete_score, {"first": "student", "second": "teacher"}),
+    "entropy_gated_kl": (entropy_gated_kl, {"threshold": 1.5, "coef": 0.7}),
+    "convex_mix": (
+        convex_mix,
+        {"forward_kl": 0.3, "reverse_kl": 0.25, "generalized_jsd": {"weight": 0.45, "beta": 0.9}},
+    ),
 }
 # Divergences of the form Σ t f(s/t), which no merging of entries can raise
 F_DIVERGENCES = list(CASES)[:7]
+# Divergences at these settings that are infinite where the teacher, or the student, lacks an entry that the other has;
+# for want of the student's entry the gated one only where its gate is open
+INFINITE = {
+    "teacher": ("reverse_kl", "todi", "adaptive_kl", "concrete_score", "entropy_gated_kl", "convex_mix"),
+    "student": ("forward_kl", "todi", "adaptive_kl", "concrete_score", "entropy_gated_kl", "convex_mix"),
+}
+# Those with detached weights, whose gradient is not that of their value
+DETACHED = ("todi", "adaptive_kl", "concrete_score")
 
 
 def divergence(name: str, s: Tensor, t: Tensor) -> Tensor:

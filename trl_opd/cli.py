@@ -6,6 +6,7 @@ The `trl-opd` command.
     trl-opd train --config run.yaml    # any field also as --field value
     trl-opd bench head                 # speed and memory beside TRL and Liger; also step, teacher, topk
     trl-opd score --teacher T --dataset D --output DIR    # a teacher's log-probs, for training without it
+    trl-opd recipes [NAME]             # the methods of the literature: a table, or one with a YAML to run
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("train", help="train from a YAML file or command-line fields (see --help)", add_help=False)
     commands.add_parser("bench", help="measure: bench head, step, teacher, topk, server, cache", add_help=False)
     commands.add_parser("score", help="write a teacher's scores of fixed completions (see --help)", add_help=False)
+    commands.add_parser("recipes", help="the methods of the literature, by name (see --help)", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "train":
         from .train import main as train
@@ -41,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         from .score import main as score
 
         return score(argv[argv.index("score") + 1 :])
+    if args.command == "recipes":
+        from .recipes_cli import main as recipes
+
+        return recipes(argv[argv.index("recipes") + 1 :])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from .demo import run_demo

@@ -95,6 +95,7 @@ class TeacherScores:
         topk_ids (`torch.Tensor`, *optional*): Entries of the support, `(B, T, K)`; below 0 is padding.
         topk_logprobs (`torch.Tensor`, *optional*): Their log-probs, `(B, T, K)`.
         sampled_logprobs (`torch.Tensor`, *optional*): Log-probs of the completion tokens, `(B, T)`.
+        normalized (`bool`): Whether those are log-probs, and not a combination of some (which may be above 0).
     """
 
     hidden_states: Tensor | None = None
@@ -102,6 +103,7 @@ class TeacherScores:
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     sampled_logprobs: Tensor | None = None
+    normalized: bool = True
 
     def select(self, rows: Tensor) -> "TeacherScores":
         """Those of the sequences `rows` (indices, `(R,)`)."""
@@ -121,14 +123,24 @@ class MixedScores:
     Answers of several teachers to the same tokens, of one kind: all hidden states, or all top-k log-probs.
 
     Args:
-        members (`Sequence[TeacherScores]`): One answer a teacher.
-        weights (`Sequence[float]`): Above 0, sum 1.
-        mixture (`str`): `"arithmetic"`, `"geometric"` or `"loss_sum"` (see [`MixtureTeacher`]).
+        members (`Sequence[TeacherScores]`): One answer a teacher; of a target, the teacher's, then the references'.
+        weights (`Sequence[float]`):
+            Above 0, sum 1; with `"affine"` any finite numbers, with `"contrast"` none.
+        mixture (`str`):
+            `"arithmetic"`, `"geometric"` or `"loss_sum"` (see [`MixtureTeacher`]); or a target's (`trl_opd.targets`),
+            `"affine"` (one member is enough) or `"contrast"` (two), of members that give hidden states.
+        student_coef (`float`, *optional*, defaults to `0.0`):
+            Coefficient of the student's own logits in an `"affine"` target.
+        contrast_scale (`float`, *optional*, defaults to `15.0`): Of a `"contrast"` target.
+        contrast_floor (`float`, *optional*, defaults to `1e-3`): Of a `"contrast"` target.
     """
 
     members: Sequence[TeacherScores]
     weights: Sequence[float]
     mixture: str
+    student_coef: float = 0.0
+    contrast_scale: float = 15.0
+    contrast_floor: float = 1e-3
 
     def select(self, rows: Tensor) -> "MixedScores":
         """Those of the sequences `rows` (indices, `(R,)`)."""

@@ -3,19 +3,25 @@
 The divergences, each over log-probabilities: the definitions that every kernel is checked against.
 
 Each function maps `(student_logprobs, teacher_logprobs)` of shape `(..., V)` to a value of shape `(...)`, in nats per
-token (`total_variation` and the α and αβ families are dimensionless). The gradient flows to `student_logprobs` only
-through the formula as written; `teacher_logprobs` should come without gradient. Entries of probability zero (log-prob
-`-inf`) contribute their limit: `0 log 0 = 0`. Nothing here reduces over tokens: the one reduction is the trainer's.
+token (`total_variation` and the α and αβ families are dimensionless, `concrete_score` is in nats²). The gradient flows
+to `student_logprobs` only through the formula as written; `teacher_logprobs` should come without gradient. Entries of
+probability zero (log-prob `-inf`) contribute their limit: `0 log 0 = 0`. Nothing here reduces over tokens: the one
+reduction is the trainer's.
 
-Names: s is the student's distribution, t the teacher's, KL(a‖b) = Σ a (log a − log b). This file needs torch only.
+Names: s is the student's distribution, t the teacher's, KL(a‖b) = Σ a (log a − log b). What a configuration may write
+is in `trl_opd.resolve`. Both files need torch only.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .resolve import mixture_components
+from .resolve import nearest_name as nearest_name  # offered here too
+from .resolve import resolve_divergence as resolve_divergence
 
 Divergence = Callable[..., Tensor]
 
@@ -140,24 +146,30 @@ def skew_forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, skew: fl
     return reverse_kl(teacher_logprobs, _log_mixture(teacher_logprobs, student_logprobs, skew))
 
 
-def skew_reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, skew: float = 0.1) -> Tensor:
+def skew_reverse_kl(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, skew: float = 0.1, detached: float = 0
+) -> Tensor:
     r"""
     Skew reverse KL divergence, KL(s‖m) with m = λ s + (1 − λ) t, in nats per token.
 
-    λ = 0 gives the reverse KL, λ = 1 gives 0; the value is at most −log λ. The gradient flows through both s's.
+    λ = 0 gives the reverse KL, λ = 1 gives 0; the value is at most −log λ. The gradient flows through both s's, with
+    `detached` through the first alone; then it is s · (log s − log m − KL(s‖m)) in the student's logits.
 
     Args:
         student_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
         teacher_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
         skew (`float`, *optional*, defaults to `0.1`): λ, the weight of the student in the mixture, in [0, 1].
+        detached (`float`, *optional*, defaults to `0`): Whether the student inside m is held fixed, 0 or 1.
 
     Returns:
         `torch.Tensor` of shape `(...)`.
 
-    Paper: [DistiLLM](https://huggingface.co/papers/2402.03898), section 3.1 (default 0.1 from its code).
+    Paper: [DistiLLM](https://huggingface.co/papers/2402.03898), section 3.1 (default 0.1 from its code);
+    [DistiLLM-2](https://huggingface.co/papers/2503.07067), whose code detaches the student inside the mixture.
     """
     _check(student_logprobs, teacher_logprobs)
-    return reverse_kl(student_logprobs, _log_mixture(student_logprobs, teacher_logprobs, skew))
+    in_mixture = student_logprobs.detach() if detached else student_logprobs
+    return reverse_kl(student_logprobs, _log_mixture(in_mixture, teacher_logprobs, skew))
 
 
 def total_variation(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
@@ -306,6 +318,125 @@ def adaptive_kl_weight(student_probs: Tensor, teacher_probs: Tensor, head_mass: 
     return torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(gaps.dtype).tiny), 0.5)
 
 
+def concrete_score(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, first: str = "student", second: str = "uniform"
+) -> Tensor:
+    r"""
+    Concrete score: ½ Σ_xy w(y) w'(x) (Δ_x − Δ_y)², Δ = log s − log t, in nats². It matches the differences between the
+    logits of every two entries, with detached weights w and w' over the vocabulary.
+
+    The weights are the student's probabilities, the teacher's, or uniform; which of the two is first makes no
+    difference. Of sum 1, the double sum is ½ Σ (w + w') (Δ − Σ w' Δ)². Equal weights give the variance of Δ under them
+    (uniform: the mean squared difference of the centred logits), and near the teacher `"student"` twice is twice the
+    reverse KL. The weights carry no gradient. Uniform weights leave out entries that neither model has, and are
+    infinite where one model alone lacks an entry.
+
+    Gradient in the student's logits: w' · (Δ − Σ w Δ) + w · (Δ − Σ w' Δ).
+
+    On a part of the vocabulary the double sum runs over its entries, a bucket being one. A raw partial sum takes the
+    probabilities as they are (uniform: of sum 1 over the support); its gradient moves no mass out of the support.
+
+    Args:
+        student_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        teacher_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        first (`str`, *optional*, defaults to `"student"`): w, one of `"student"`, `"teacher"`, `"uniform"`.
+        second (`str`, *optional*, defaults to `"uniform"`): w', likewise.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Paper: [Distillation of Large Language Models via Concrete Score
+    Matching](https://huggingface.co/papers/2509.25837), whose weights are chosen from the same three. The defaults are
+    this library's choice.
+    """
+    _check(student_logprobs, teacher_logprobs)
+    gap = _gap(student_logprobs, teacher_logprobs)
+    weights = {
+        "student": student_logprobs.detach().exp(),
+        "teacher": teacher_logprobs.detach().exp(),
+        "uniform": _uniform(student_logprobs, teacher_logprobs),
+    }
+    w, w2 = weights[first], weights[second]
+    total, total2 = w.sum(-1, keepdim=True), w2.sum(-1, keepdim=True)
+    infinite = gap.isinf()
+    gap = gap.masked_fill(infinite, 0.0)
+    centred = gap - (w2 * gap).sum(-1, keepdim=True) / total2.clamp_min(torch.finfo(gap.dtype).tiny)
+    value = 0.5 * ((total2 * w + total * w2) * centred.square()).sum(-1)
+    return value.masked_fill((infinite & (w + w2 > 0)).any(-1), math.inf)
+
+
+def _uniform(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Equal weights of the entries that either model has."""
+    present = (student_logprobs != -math.inf) | (teacher_logprobs != -math.inf)
+    return present / present.sum(-1, keepdim=True).clamp_min(1).to(student_logprobs.dtype)
+
+
+def entropy_gated_kl(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, threshold: float = 0.8, coef: float = 1.0
+) -> Tensor:
+    r"""
+    Entropy-gated KL: KL(s‖t) + c · 1[H(t) > τ] · KL(t‖s), in nats per token. Mode seeking where the teacher is sure,
+    and mode covering besides where it is not.
+
+    τ = ∞ is the reverse KL, τ < 0 the sum of both, and a teacher that is certain never opens the gate. The gate
+    depends on the teacher alone and carries no gradient. On a part of the vocabulary H is the entropy of the teacher
+    as it is compared there; with a bucket that is at most the entropy of all.
+
+    Args:
+        student_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        teacher_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        threshold (`float`, *optional*, defaults to `0.8`): τ, in nats.
+        coef (`float`, *optional*, defaults to `1.0`): c, weight of the forward KL, at least 0.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Paper: [Entropy-Aware On-Policy Distillation of Language Models](https://huggingface.co/papers/2603.07079)
+    (threshold 0.8). Deviations: the reverse KL is exact rather than a clipped policy gradient of the sampled token,
+    which has the same gradient in expectation on fresh samples; the forward KL is over the vocabulary rather than the
+    raw sum over the teacher's top 16 entries; both are means over the same tokens.
+    """
+    _check(student_logprobs, teacher_logprobs)
+    certainty = _times(teacher_logprobs.exp(), teacher_logprobs).sum(-1).detach()
+    forward = coef * forward_kl(student_logprobs, teacher_logprobs)
+    return reverse_kl(student_logprobs, teacher_logprobs) + torch.where(-certainty > threshold, forward, 0.0)
+
+
+def convex_mix(student_logprobs: Tensor, teacher_logprobs: Tensor, **components: Any) -> Tensor:
+    r"""
+    A convex mixture of divergences, Σ_i w_i D_i with w_i ≥ 0 and Σ w_i = 1.
+
+    As a configuration writes it: `divergence_kwargs={"forward_kl": 0.3, "reverse_kl": 0.7}`, or with parameters
+    `{"generalized_jsd": {"weight": 0.5, "beta": 0.9}, "reverse_kl": 0.5}`. One weight may be `None`: it is what the
+    others leave of 1, so that `{"forward_kl": 0.3, "reverse_kl": None}` has one number to schedule. Each divergence
+    comes once; a mixture in a mixture is refused. The gradient is the mixture of the gradients.
+
+    Args:
+        student_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        teacher_logprobs (`torch.Tensor`): Log-probabilities, shape `(..., V)`.
+        components (`float`, `None` or `dict`):
+            By name of a divergence its weight in [0, 1], `None` for the rest, or both `"weight"` and its parameters.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Raises:
+        ValueError: As [`resolve_divergence`].
+
+    Paper: [Decoupling KL and Trajectories](https://huggingface.co/papers/2605.16826), whose mixture is one of forward
+    and reverse KL.
+    """
+    _check(student_logprobs, teacher_logprobs)
+    name, params = resolve_divergence("convex_mix", components)
+    if name != "convex_mix":
+        return DIVERGENCES[name](student_logprobs, teacher_logprobs, **params)
+    values = [
+        weight * DIVERGENCES[name](student_logprobs, teacher_logprobs, **own)
+        for name, weight, own in mixture_components(params)
+    ]
+    return torch.stack(values).sum(0)
+
+
 DIVERGENCES: Mapping[str, Divergence] = {
     f.__name__: f
     for f in (
@@ -319,71 +450,8 @@ DIVERGENCES: Mapping[str, Divergence] = {
         alpha_beta_divergence,
         todi,
         adaptive_kl,
+        concrete_score,
+        entropy_gated_kl,
+        convex_mix,
     )
 }
-
-_NONZERO = "finite and not 0 (for the limit use forward_kl or reverse_kl)"
-# name -> parameter -> (default, rule in words, test)
-_PARAMETERS: Mapping[str, Mapping[str, tuple[float, str, Callable[[float], bool]]]] = {
-    "generalized_jsd": {"beta": (0.5, "in [0, 1]", lambda x: 0 <= x <= 1)},
-    "skew_forward_kl": {"skew": (0.1, "in [0, 1)", lambda x: 0 <= x < 1)},
-    "skew_reverse_kl": {"skew": (0.1, "in [0, 1)", lambda x: 0 <= x < 1)},
-    "alpha_divergence": {"alpha": (0.5, "a finite number", math.isfinite)},
-    "alpha_beta_divergence": {
-        "alpha": (0.2, _NONZERO, lambda x: math.isfinite(x) and x != 0),
-        "beta": (0.7, _NONZERO, lambda x: math.isfinite(x) and x != 0),
-    },
-    "todi": {"scale": (1.0, "a finite number, at least 0", lambda x: math.isfinite(x) and x >= 0)},
-    "adaptive_kl": {"head_mass": (0.5, "in (0, 1]", lambda x: 0 < x <= 1)},
-}
-
-
-def nearest_name(name: object, valid: list[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, then all of them."""
-    contain = [v for v in valid if str(name).lower() in v]
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.4) or contain
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Valid: {', '.join(valid)}."
-
-
-def resolve_divergence(name: str, kwargs: Mapping[str, float] | None = None) -> tuple[str, dict[str, float]]:
-    """
-    Check a divergence's name and parameters, and fill in the defaults.
-
-    The special cases that coincide with a KL (generalized JSD at β = 0 and 1, α-divergence at 0 and 1, skew 0) resolve
-    to that KL, so that a kernel sees one definition of each.
-
-    Args:
-        name (`str`): A key of `DIVERGENCES`.
-        kwargs (`Mapping[str, float]`, *optional*): Its parameters.
-
-    Returns:
-        `tuple[str, dict[str, float]]`: the name and the complete parameters.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown, or a parameter is out of range.
-    """
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence must be a known name, got {name!r}.{nearest_name(name, list(DIVERGENCES))}")
-    rules = _PARAMETERS.get(name, {})
-    params = {key: default for key, (default, _, _) in rules.items()}
-    for key, value in (kwargs or {}).items():
-        if key not in rules:
-            takes = f"takes {', '.join(rules)}" if rules else "takes no parameters"
-            raise ValueError(f"divergence_kwargs has {key!r}, but {name} {takes}. Remove it or rename it.")
-        _, rule, valid = rules[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not valid(value):
-            raise ValueError(f"divergence_kwargs[{key!r}] of {name} must be {rule}, got {value!r}.")
-        params[key] = float(value)
-    if name == "alpha_beta_divergence" and params["alpha"] + params["beta"] == 0:
-        raise ValueError(
-            f"divergence_kwargs of {name} must not sum to 0, got alpha={params['alpha']}, beta={params['beta']}. "
-            "The formula divides by the sum. Change one of them."
-        )
-    if name == "generalized_jsd" and params["beta"] in (0.0, 1.0):
-        return ("forward_kl" if params["beta"] == 0.0 else "reverse_kl"), {}
-    if name == "alpha_divergence" and params["alpha"] in (0.0, 1.0):
-        return ("reverse_kl" if params["alpha"] == 0.0 else "forward_kl"), {}
-    if name in ("skew_forward_kl", "skew_reverse_kl") and params["skew"] == 0.0:
-        return name.removeprefix("skew_"), {}
-    return name, params

@@ -18,10 +18,9 @@ from .weighting import special_token_ids
 
 
 def check_sources(
-    args: OnPolicyDistillConfig, teacher: object, reward_funcs: object, environment_factory: object
+    args: OnPolicyDistillConfig, teacher: object, has_rewards: bool, environment_factory: object
 ) -> None:
     """A teacher or a reward is required, and rewards need something to compare."""
-    has_rewards = reward_funcs is not None and reward_funcs != []
     if teacher is None and not has_rewards and environment_factory is None:
         raise ValueError(
             "teacher_model or reward_funcs must be given, got neither. There is nothing to train towards. Pass "

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """Checks of the teacher that need no weights, so that bad input fails before a GPU minute is spent."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -12,6 +12,7 @@ from torch import nn
 from .config import OnPolicyDistillConfig
 from .losses import nearest_name
 from .preflight import check_path, config_of, student_kwargs, student_tokenizer, tokenizer_of
+from .targets import resolve_target
 from .teachers import AdapterTeacher, LocalTeacher, MixtureTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
 from .teachers.base import leaves
 from .vocabulary import as_tokenizer, shared_vocab_size
@@ -50,6 +51,29 @@ def check_teacher_fields(args: OnPolicyDistillConfig, teacher: Any) -> None:
                 f"teacher_{name} must be unset unless teacher_model is, or has, a path or a model, got {value!r}. "
                 "It would be ignored. Unset it, or pass it to the LocalTeacher that you make."
             )
+
+
+def check_references(args: OnPolicyDistillConfig, teacher: Any, references: Sequence[Any]) -> None:
+    """The target must be made of as many models as there are, each of them one teacher."""
+    target = resolve_target(args.target, args.target_kwargs, len(references))  # type: ignore[arg-type]
+    if not references:
+        return
+    if teacher is None:
+        raise ValueError(
+            "reference_model must be unset without teacher_model. It is a part of the distribution that the student "
+            "aims at. Pass teacher_model= too, or beta for GRPO's own reference."
+        )
+    several = [type(x).__name__ for x in (teacher, *references) if getattr(x, "members", None) is not None]
+    if several:
+        raise ValueError(
+            f"teacher_model and reference_model must each be one model with target={args.target!r}, got {several}. "
+            "The target combines them token by token. Name one teacher, or set target='teacher'."
+        )
+    if args.credit != "direct" and target.mixture == "contrast":
+        raise ValueError(
+            f"credit must be 'direct' with target='contrast', got {args.credit!r}. Its coefficient depends on whole "
+            "distributions. Set credit='direct', or target='extrapolate' with a fixed scale."
+        )
 
 
 def check_adapter(teacher: object, model: Any, peft_config: PeftConfig | None) -> None:

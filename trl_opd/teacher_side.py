@@ -59,6 +59,11 @@ class TeacherSide:
         """Whether samples may be left out, on this process or another."""
         return self.view is not None or self.trainer.args.teacher_overflow == "skip"
 
+    @property
+    def completions(self) -> Sequence[Any]:
+        """This process's completions of the generation batch, as reward functions get them."""
+        return self._completions
+
     # The generation batch: noted piece by piece, as GRPOTrainer makes it
 
     def begin(self, examples: list[dict[str, Any]]) -> None:

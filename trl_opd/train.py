@@ -6,20 +6,19 @@
     accelerate launch -m trl_opd.train --config examples/opd_lora.yaml
 """
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl import rewards as trl_rewards
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .config import OnPolicyDistillConfig
+from .imports import load_object
+from .recipes import RecipeParser
 from .trainer import OnPolicyDistillTrainer
 
 
@@ -34,6 +33,8 @@ class OnPolicyDistillScriptArguments(GRPOScriptArguments):
             by commas, or a JSON object of these by the names in the dataset's `teacher` column.
         teacher_view (`str`, *optional*):
             Dotted import path of a function that makes the teacher's prompts (see [`OnPolicyDistillTrainer`]).
+        reference_model (`list[str]`, *optional*):
+            Further models that `target` is made of, as `teacher_model`.
     """
 
     teacher_model: str | None = field(
@@ -46,6 +47,10 @@ class OnPolicyDistillScriptArguments(GRPOScriptArguments):
     teacher_view: str | None = field(
         default=None, metadata={"help": "Import path of a function that makes the teacher's prompts."}
     )
+    reference_model: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further models that `target` is made of, as teacher_model."},
+    )
 
 
 def load_reward(name: str) -> str | Callable:
@@ -53,20 +58,6 @@ def load_reward(name: str) -> str | Callable:
     if hasattr(trl_rewards, name):
         return getattr(trl_rewards, name)
     return load_object(name, "reward_funcs must hold names of trl.rewards or dotted import paths")
-
-
-def load_object(name: str, rule: str) -> Any:
-    """What a dotted import path names, the working directory included; `rule` begins the message if it fails."""
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ValueError(f"{rule}, got {name!r}. It cannot be imported. Write it as 'my_module.my_function'.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{rule}, got {name!r}: {error}. Run from the folder that holds the module, or install it."
-        ) from error
 
 
 def parse_teacher(teacher_model: Any) -> Any:
@@ -95,7 +86,7 @@ def load_splits(script_args: OnPolicyDistillScriptArguments, mixture: DatasetMix
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, train, save."""
-    parser = TrlParser(
+    parser = RecipeParser(
         (OnPolicyDistillScriptArguments, OnPolicyDistillConfig, ModelConfig, DatasetMixtureConfig),
         prog="trl-opd train",
     )
@@ -120,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         model=model_args.model_name_or_path,
         teacher_model=parse_teacher(script_args.teacher_model),
         teacher_view=view,
+        reference_model=script_args.reference_model,
         reward_funcs=rewards or None,
         args=args,
         train_dataset=dataset[script_args.dataset_train_split],

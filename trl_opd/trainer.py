@@ -3,7 +3,8 @@
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,36 +19,29 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .alarms import BadScore, describe, stop_together
+from .checks import Run, check_run
 from .collators import RoutedScores, Scores
 from .config import OnPolicyDistillConfig
-from .credit import sampled_advantages
+from .distill_head import distillation_head
+from .empty_steps import SkipEmptySteps
+from .groups import Groups
 from .heads import add_head_branch
-from .metrics import TokenMetrics, add_direct, add_policy_gradient
-from .preflight import (
-    check_dataset,
-    check_masked_tokens,
-    check_mix,
-    check_peft,
-    check_reward_group,
-    check_sources,
-    check_student,
-    needs_per_token_grad,
-)
-from .student import (
-    MicroBatch,
-    StudentOutput,
-    distillation_head,
-    find_bad_loss,
-    find_bad_token,
-    sampled_answer,
-)
-from .teacher_preflight import check_adapter, check_teacher, check_teacher_columns, check_teacher_fields
+from .metrics import TokenMetrics, add_metrics
+from .objective import Objective
+from .preflight import check_mix, check_reward_group
+from .recipes import add_to_model_card, paper_of
+from .rollouts import RolloutSources
+from .schedule_callback import ScheduleCallback
+from .schedules import resolve_schedules
+from .student import MicroBatch, StudentOutput, find_bad_loss, find_bad_token
+from .teacher_preflight import check_references, check_teacher
 from .teacher_side import TeacherSide
 from .teachers import RoutedTeacher, resolve_teacher
 from .teachers.answers import is_dense
 from .teachers.base import leaves, teacher_name
+from .teachers.target import TargetTeacher
 from .views import TeacherView
-from .weighting import mask_token_ids, reduction_weights, special_token_ids
+from .weighting import mask_token_ids, special_token_ids
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:
@@ -100,6 +94,10 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             rollout with its dataset row, its completion as reward functions get it, its summed reward (`None` without
             reward functions), and `{"completion", "reward"}` of the other completions of its prompt. Without it, the
             dataset's column `teacher_prompt` is used, and where there is none the student's own prompt.
+        reference_model (`str`, [`~transformers.PreTrainedModel`], `Callable` or a `list` of these, *optional*):
+            Further models that `args.target` is made of, each as in `teacher_model`: for `"extrapolate"` the policy
+            from which the student's gain is measured, for `"delta"` the teacher before and the student before their
+            tuning, for `"contrast"` the model to turn away from.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`].
@@ -146,29 +144,32 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         environment_factory: Any = None,
         teacher_processing_class: "PreTrainedTokenizerBase | ProcessorMixin | dict[str, Any] | None" = None,
         teacher_view: TeacherView | None = None,
+        reference_model: "str | PreTrainedModel | Callable | list | None" = None,
     ):
         args = self._promote(args, model)
-        teacher = None
-        if teacher_model is not None:
-            teacher = resolve_teacher(
-                teacher_model,
-                args.teacher_model_init_kwargs,  # type: ignore[arg-type]
-                args.trust_remote_code,
-                memory=args.teacher_memory,
-                sync=args.teacher_syncing,
-            )
-        check_sources(args, teacher, reward_funcs, environment_factory)
-        check_teacher_fields(args, teacher)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_dataset(dataset, name, environment_factory)
-            check_teacher_columns(dataset, name, teacher, teacher_view)
-        check_peft(peft_config, model)
-        check_adapter(teacher, model, peft_config)
         no_rewards = reward_funcs is None or reward_funcs == []
-        if teacher is not None:
-            check_student(model)
-            check_mix(args, not no_rewards)
-            check_masked_tokens(args, model, processing_class)
+        teacher = None if teacher_model is None else self._resolve(teacher_model, args)
+        listed = reference_model if isinstance(reference_model, (list, tuple)) else [reference_model]
+        references = [self._resolve(given, args) for given in listed if given is not None]
+        check_references(args, teacher, references)
+        if references:
+            teacher = TargetTeacher([teacher, *references], args)
+        check_run(
+            Run(
+                args=args,
+                model=model,
+                teacher=teacher,
+                has_rewards=not no_rewards,
+                datasets={"train_dataset": train_dataset, "eval_dataset": eval_dataset},
+                processing_class=processing_class,
+                peft_config=peft_config,
+                teacher_view=teacher_view,
+                num_references=len(references),
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        )
         self.shared_vocab_size, teacher_tokenizers = check_teacher(
             teacher, model, args, processing_class, teacher_processing_class
         )
@@ -178,6 +179,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         if teacher is None:
             self._name, self._paper, self._tag_names = GRPOTrainer._name, GRPOTrainer._paper, GRPOTrainer._tag_names
+        elif args.recipe is not None:
+            self._paper = paper_of(args.recipe)
         placeholder = teacher is not None and no_rewards
         super().__init__(
             model=model,
@@ -195,6 +198,11 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        schedules = resolve_schedules(args.schedules, args)  # type: ignore[arg-type]
+        self._schedule = ScheduleCallback(self, schedules) if schedules else None
+        if self._schedule is not None:  # from here on `args` is not what the run reads
+            self.add_callback(self._schedule)
+            args = self.args
         if teacher is None:
             return
         if placeholder and len(self.reward_funcs) > 1:  # an environment brought rewards of its own
@@ -204,7 +212,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             check_reward_group(args)
         self.has_rewards = self.reward_funcs != [no_reward]
         check_mix(args, self.has_rewards)
-        self._needs_per_token_grad = needs_per_token_grad(args, self.has_rewards)
+        self.objective = Objective(self, num_references=len(references))
+        self._groups = Groups(self)
+        self._rollouts = RolloutSources(self)
         self._masked_ids = special_token_ids(args.special_token_masking or [], self._tokenizer)
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_head_branch(student, args.cast_lm_head_to_fp32)
@@ -212,6 +222,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         if hasattr(teacher, "prepare"):
             teacher.prepare(self)
         self._teacher_side = TeacherSide(self, teacher, teacher_tokenizers, teacher_view)
+        self.add_callback(SkipEmptySteps(self))
 
     @staticmethod
     def _promote(args: GRPOConfig | None, model: Any) -> OnPolicyDistillConfig:
@@ -221,6 +232,16 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         if isinstance(args, OnPolicyDistillConfig):
             return args
         return OnPolicyDistillConfig.from_grpo_config(args)
+
+    @staticmethod
+    def _resolve(given: Any, args: OnPolicyDistillConfig) -> Any:
+        return resolve_teacher(
+            given,
+            args.teacher_model_init_kwargs,  # type: ignore[arg-type]
+            args.trust_remote_code,
+            memory=args.teacher_memory,
+            sync=args.teacher_syncing,
+        )
 
     def _suppress_unshared_tokens(self, student: PreTrainedModel) -> None:
         """Keep the student from sampling vocabulary padding that the teacher has no entry for."""
@@ -242,12 +263,14 @@ class OnPolicyDistillTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.teacher is None:
             return super()._generate_and_score_completions(inputs)
+        inputs = self._rollouts.begin(inputs)
         self._teacher_side.begin(inputs)
+        self._groups.begin()
         output = super()._generate_and_score_completions(inputs)
-        if self.has_rewards:
-            output["advantages"] = output["advantages"] * self.args.reward_coef
-        else:
+        if not self.has_rewards:
             self._forget_placeholder()
+        self._rollouts.mark(output)
+        self._groups.finish(output, inputs, self._teacher_side.completions)
         self._teacher_side.finish(output)
         output["num_distill_tokens"] = self.accelerator.gather(self.distill_mask(output).sum()).sum().float()
         return output
@@ -258,10 +281,18 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self._teacher_side.note_rollouts(prompts, rollouts)
         return rollouts
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
+        def sample() -> tuple:
+            return super(OnPolicyDistillTrainer, self)._generate_single_turn(prompt_ids, *args, **kwargs)
+
+        return sample() if self.teacher is None else self._rollouts.generate(prompt_ids, sample)
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        known = None if self.teacher is None else self._rollouts.take_rewards()
+        rewards_per_func = super()._calculate_rewards(*args, **kwargs) if known is None else known
         if self.teacher is not None:
             self._teacher_side.note_rewards(rewards_per_func)
+            self._groups.note_rewards(rewards_per_func)
         return rewards_per_func
 
     def _forget_placeholder(self) -> None:
@@ -271,7 +302,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self._metrics[mode].pop(key, None)
         self._logs["rewards"].pop(name, None)
 
-    def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
+    def loss_mask(self, inputs: dict[str, Any]) -> Tensor:
         """Tokens of GRPO's loss, without vocabulary padding that an engine may have sampled."""
         mask = inputs["completion_mask"]
         mask = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
@@ -279,7 +310,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
 
     def distill_mask(self, inputs: dict[str, Any]) -> Tensor:
         """Tokens that are distilled: of GRPO's loss, without masked tokens and left-out samples, `(B, T)`."""
-        mask = mask_token_ids(self._loss_mask(inputs), inputs["completion_ids"], self._masked_ids)
+        mask = mask_token_ids(
+            self.loss_mask(inputs), inputs["completion_ids"], self._masked_ids, self.args.special_token_occurrence
+        )
         return mask if "teacher_skipped" not in inputs else mask & (inputs["teacher_skipped"] == 0)[:, None]
 
     @property
@@ -288,12 +321,22 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         size = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
         return self.shared_vocab_size or size
 
+    @property
+    def teacher_names(self) -> Sequence[str]:
+        """Of a [`RoutedTeacher`]'s members."""
+        return self.teacher.names if isinstance(self.teacher, RoutedTeacher) else ()
+
+    @property
+    def may_mask(self) -> bool:
+        """Whether tokens of GRPO's loss may be left out of the distillation, on this process or another."""
+        return bool(self._masked_ids) or self.shared_vocab_size is not None or self._teacher_side.may_skip
+
     # Loss: GRPO's own, around one run of the student through the distillation head
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.teacher is None:
             return super()._compute_loss(model, inputs)
-        batch = self._make_micro_batch(inputs)
+        batch = self.objective.make_batch(inputs)
         self._micro_batch = batch
         try:
             loss = super()._compute_loss(model, batch.inputs)
@@ -301,29 +344,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self._micro_batch = None
         if self.num_iterations > 1 and self.model.training and not getattr(self.teacher, "changes", False):
             inputs["teacher_scores"] = batch.scores  # the buffered batch comes again: the teacher need not
-        if not self._needs_per_token_grad and self.args.credit == "direct":
+        if not self.objective.surrogate:
             self._forget_surrogate()
-        if batch.output is None:  # policy gradient: the distillation is inside the advantages
-            return loss
-        assert batch.output.loss is not None
-        add_direct(self.mode_metrics, batch, batch.output, self.accumulation)
-        return loss + self.args.distill_coef * batch.output.loss
-
-    def _make_micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
-        mask = self.distill_mask(inputs)
-        weights = self._reduction_weights(mask, inputs["num_distill_tokens"])
-        ratio = inputs.get("importance_sampling_ratio")
-        if ratio is not None:
-            weights = weights * ratio
-        # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
-        inputs, loss_mask = dict(inputs), self._loss_mask(inputs)
-        if self.args.credit == "direct" and "old_per_token_logps" in inputs:
-            # The head leaves the log-probs of tokens outside the loss at 0: a ratio to their old ones would overflow
-            inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)
-            if not self._needs_per_token_grad:  # nor is there a surrogate
-                del inputs["old_per_token_logps"]
-        teachers = self.teacher.names if isinstance(self.teacher, RoutedTeacher) else ()
-        return MicroBatch(inputs, loss_mask, mask, weights, inputs.get("teacher_scores"), teachers=teachers)
+        return loss if batch.direct is None else loss + self.args.distill_coef * batch.direct
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         batch = self._micro_batch
@@ -331,7 +354,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        forward = self._policy_gradient_forward if self.args.credit == "policy_gradient" else self._direct_forward
+        forward = self._head_forward if self.objective.uses_distributions else self._sampled_forward
 
         # GRPOTrainer builds the model's inputs (images and all) and calls this in the place of the model
         def call(labels: Tensor, fused_lm_head: bool, **model_inputs: Any) -> Any:
@@ -340,19 +363,19 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             call, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        if self.args.credit == "policy_gradient":
-            self._set_advantages(batch, logps, entropies)
+        self.objective.finish(batch, logps, entropies)
+        add_metrics(self.mode_metrics, batch, logps, entropies, self.args, self.accumulation)
         return logps, entropies, aux_loss
 
-    def _direct_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
+    def _head_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
         scores = self._scores(batch, model_inputs)
         head = distillation_head(
             batch,
             scores,
             self.args,
             vocab_size=self.shared_vocab_size,
-            per_token_grad=self._needs_per_token_grad,
             overlap_top_k=self.args.overlap_top_k if self._is_logged else 0,
+            **self.objective.head_options(),
         )
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output
@@ -362,13 +385,11 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             self.stop_on(find_bad_loss(output) if bad is None else bad, batch.inputs)
         log_probs, entropy = output.log_probs, output.entropy
         assert log_probs is not None and entropy is not None
-        if not self._needs_per_token_grad:
+        if not self.objective.surrogate:
             log_probs, entropy = log_probs.detach(), entropy.detach()
         return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=output.aux_loss)
 
-    def _policy_gradient_forward(
-        self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor
-    ) -> Any:
+    def _sampled_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
         self._scores(batch, model_inputs)
         return model(**model_inputs, labels=labels, fused_lm_head=True)
 
@@ -379,36 +400,6 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             further = {k: v for k, v in model_inputs.items() if k not in own}
             batch.scores = self._teacher_side.answer(batch.inputs, batch.distill_mask, further)
         return batch.scores
-
-    def _set_advantages(self, batch: MicroBatch, logps: Tensor, entropies: Tensor) -> None:
-        assert batch.scores is not None
-        inputs, mask = batch.inputs, batch.distill_mask
-        student = inputs["old_per_token_logps"] if "old_per_token_logps" in inputs else logps.detach()
-        teacher = sampled_answer(batch.scores, mask.shape)
-        advantages = sampled_advantages(student, teacher, mask, self.args.discount, self.args.advantage_clip)
-        add_policy_gradient(
-            self.mode_metrics, batch, logps.detach(), teacher, entropies, advantages, self.accumulation
-        )
-        rewards = inputs["advantages"][:, None] if self.has_rewards else 0.0
-        inputs["advantages"] = self.args.distill_coef * self._mask_ratio(batch) * advantages + rewards
-
-    def _reduction_weights(self, mask: Tensor, num_items: Tensor) -> Tensor:
-        return reduction_weights(
-            mask,
-            self.loss_type,
-            num_items=num_items,
-            num_processes=self.accelerator.num_processes,
-            max_completion_length=self.max_completion_length,
-            accumulation=self.accumulation,
-            steps_per_generation=self.args.steps_per_generation if self.model.training else 1.0,
-        )
-
-    def _mask_ratio(self, batch: MicroBatch) -> Tensor | float:
-        """GRPO's surrogate divides by all of its tokens: what brings it to a mean over those that are distilled."""
-        if not self._masked_ids and self.shared_vocab_size is None and not self._teacher_side.may_skip:
-            return 1.0
-        ours = self._reduction_weights(batch.distill_mask, batch.inputs["num_distill_tokens"])
-        return ours / self._reduction_weights(batch.loss_mask, batch.inputs["num_items_in_batch"]).clamp(min=1e-30)
 
     # Alarms and metrics
 
@@ -448,18 +439,38 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         """Micro-batches of the optimizer step that is being made; 1 in evaluation."""
         return self.current_gradient_accumulation_steps if self.model.training else 1.0
 
+    @property
+    def _stateful(self) -> list[Any]:
+        """What has a state of its own beside the student's weights."""
+        parts = [*leaves(self.teacher), self._schedule]
+        if self.teacher is not None:
+            parts += [self._groups, self._rollouts]
+        return [part for part in parts if hasattr(part, "save_state")]
+
+    def _base_values(self) -> AbstractContextManager[None]:
+        """Inside, `args` holds the configuration's own values where a schedule moves them: what files say of a run."""
+        return nullcontext() if self._schedule is None else self._schedule.base_values()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        for teacher in leaves(self.teacher):  # before the rest, so that a checkpoint that looks whole has it
-            if hasattr(teacher, "save_state"):
-                teacher.save_state(folder)
-        super()._save_checkpoint(model, trial)
+        for part in self._stateful:  # before the rest, so that a checkpoint that looks whole has it
+            part.save_state(folder)
+        with self._base_values():
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with self._base_values():
+            super()._save(output_dir, state_dict)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        for teacher in leaves(self.teacher):
-            if checkpoint is not None and hasattr(teacher, "load_state"):
-                teacher.load_state(checkpoint)
+        for part in self._stateful if checkpoint is not None else ():
+            part.load_state(checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_model_card(self.args, os.path.join(self.args.output_dir, "README.md"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

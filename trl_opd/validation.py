@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING
 from .kernels.dispatch import BACKENDS
 from .kernels.supports import SUPPORTS, TAILS
 from .losses import nearest_name, resolve_divergence
+from .rewards import resolve_reward_mix
+from .rollout_checks import check_rollout_fields
+from .sample_weights import resolve_sample_weighting
+from .slots import check_slots
+from .targets import check_target
+from .token_weights import resolve_token_weighting
 
 if TYPE_CHECKING:
     from .config import OnPolicyDistillConfig
 
-CREDITS = ("direct", "policy_gradient")
+CREDITS = ("direct", "policy_gradient", "combined", "k2")
+OFF_POLICY_SOURCES = ("dataset", "teacher")
+INJECTIONS = ("always", "group_failure")
+ADVANTAGE_SIGNALS = ("log_ratio", "teacher_q")
+BASELINES = ("none", "kl")
+WHITENINGS = ("none", "distill", "mixed")
+IMPORTANCE_WEIGHTINGS = ("clip", "truncate", "band")
+OCCURRENCES = ("all", "first")
 SYNC_RATE = 0.05
 SYNCS = ("frozen", "ema", "every_n", "live")
 TEMPLATES = ("own", "student")
@@ -24,6 +37,12 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 def check_names(args: "OnPolicyDistillConfig") -> None:
     """Names that must be known."""
     resolve_divergence(args.divergence, args.divergence_kwargs)  # type: ignore[arg-type]
+    if args.off_policy_divergence is not None:
+        resolve_divergence(args.off_policy_divergence, args.off_policy_divergence_kwargs)  # type: ignore[arg-type]
+    check_target(args.target, args.target_kwargs)  # type: ignore[arg-type]
+    resolve_token_weighting(args.token_weighting)
+    resolve_sample_weighting(args.sample_weighting)
+    resolve_reward_mix(args.reward_mix, args.reward_mix_kwargs)  # type: ignore[arg-type]
     for name, valid in (
         ("support", SUPPORTS),
         ("support_tail", TAILS),
@@ -35,8 +54,21 @@ def check_names(args: "OnPolicyDistillConfig") -> None:
         ("teacher_overflow", OVERFLOWS),
         ("teacher_quantization", (None, *QUANTIZATIONS)),
         ("teacher_offload", (None, *OFFLOADS)),
+        ("off_policy_source", OFF_POLICY_SOURCES),
+        ("injected_when", INJECTIONS),
+        ("advantage_signal", ADVANTAGE_SIGNALS),
+        ("advantage_baseline", BASELINES),
+        ("advantage_whitening", WHITENINGS),
+        ("importance_weighting", IMPORTANCE_WEIGHTINGS),
+        ("special_token_occurrence", OCCURRENCES),
     ):
         value = getattr(args, name)
+        if name == "credit" and value == "k1":
+            raise ValueError(
+                "credit must not be 'k1'. Backpropagating the sampled token's log-ratio has a zero mean gradient: the "
+                "teacher drops out of it. Set credit='k2', whose mean gradient is that of the reverse KL, or "
+                "credit='policy_gradient'."
+            )
         if value not in valid:
             nearest = nearest_name(value, [v for v in valid if v])
             raise ValueError(f"{name} must be a known name, got {value!r}.{nearest}")
@@ -80,7 +112,7 @@ def check_ranges(args: "OnPolicyDistillConfig") -> None:
         "It weighs later tokens in a token's advantage.",
         "Set 0 for per-token credit.",
     )
-    for name in ("advantage_clip", "distill_temperature"):
+    for name in ("advantage_clip", "distill_temperature", "injected_shaping", "importance_high"):
         value = getattr(args, name)
         require(
             name,
@@ -89,13 +121,39 @@ def check_ranges(args: "OnPolicyDistillConfig") -> None:
             "A bound or a temperature of 0 removes the signal.",
             "Leave it unset for none.",
         )
-    for name in ("distill_coef", "reward_coef"):
+    for name in ("student_fraction", "replay_fraction", "ratio_anchor"):
+        require(
+            name,
+            number(getattr(args, name)) and 0 <= getattr(args, name) <= 1,
+            "in [0, 1]",
+            "It is a share.",
+            "Leave it unset for the default.",
+        )
+    for name in ("advantage_floor", "advantage_power", "importance_low"):
+        value = getattr(args, name)
+        require(
+            name,
+            value is None or number(value),
+            "a finite number",
+            "It bounds or shapes the signal of every token.",
+            "Leave it unset for none.",
+        )
+    for name in ("injected_completions", "replay_size"):
+        value = getattr(args, name)
+        require(
+            name,
+            isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+            "a whole number of at least 0",
+            "It counts completions.",
+            "Leave it unset for the default.",
+        )
+    for name in ("distill_coef", "reward_coef", "direct_coef", "off_policy_weight", "temperature_adaptation"):
         value = getattr(args, name)
         require(
             name,
             number(value) and value >= 0,
             "a finite number of at least 0",
-            "A negative coefficient would train away from the teacher or the reward.",
+            "A negative one would train away from the teacher or the reward.",
             "Set 0 to turn the term off.",
         )
     require(
@@ -105,7 +163,7 @@ def check_ranges(args: "OnPolicyDistillConfig") -> None:
         "It is the size of the compared top sets.",
         "Set 0 to turn the metric off.",
     )
-    for name in ("teacher_sync_steps", "teacher_batch_size", "teacher_max_length"):
+    for name in ("teacher_sync_steps", "teacher_batch_size", "teacher_max_length", "return_horizon"):
         value = getattr(args, name)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         require(
@@ -145,37 +203,8 @@ def check_combinations(args: "OnPolicyDistillConfig") -> None:
             f"{args.teacher_sync_steps!r}. There are no updates to count. Set teacher_sync='ema' or 'every_n', or "
             "unset it."
         )
-    if args.credit == "direct" and args.support == "sampled":
-        raise ValueError(
-            "support must be a vocabulary support with credit='direct', got 'sampled'. Backpropagating the "
-            "sampled token's log-ratio has a zero mean gradient: the teacher drops out of it. Set "
-            "credit='policy_gradient' for the sampled-token form, or support='full'."
-        )
-    if args.credit == "policy_gradient":
-        if args.support != "sampled":
-            raise ValueError(
-                f"support must be 'sampled' with credit='policy_gradient', got {args.support!r}. The advantage is "
-                "the teacher's minus the student's log-prob of the sampled token. Set support='sampled', or "
-                "credit='direct'."
-            )
-        if args.divergence != "reverse_kl":
-            raise ValueError(
-                f"divergence must be 'reverse_kl' with credit='policy_gradient', got {args.divergence!r}. The "
-                "advantage teacher − student log-prob is the policy gradient of the reverse KL and of no other. "
-                "Set divergence='reverse_kl', or credit='direct'."
-            )
-        if args.divergence_temperature != args.temperature:
-            raise ValueError(
-                f"distill_temperature must equal temperature ({args.temperature}) with credit='policy_gradient', "
-                f"got {args.distill_temperature!r}. The advantage would compare the teacher with a distribution "
-                "that the tokens were not sampled from. Leave distill_temperature unset."
-            )
-    elif args.discount != 0 or args.advantage_clip is not None:
-        name = "discount" if args.discount != 0 else "advantage_clip"
-        raise ValueError(
-            f"{name} must be unset with credit='direct', got {getattr(args, name)!r}. It shapes advantages, which "
-            "direct backpropagation does not have. Unset it, or set credit='policy_gradient', support='sampled'."
-        )
+    check_slots(args)
+    check_rollout_fields(args)
     restricted = args.support not in ("full", "sampled")
     single = restricted and args.support != "union_top_k" and args.support_size == 1
     if single and args.support_tail == "renormalize":
@@ -188,4 +217,10 @@ def check_combinations(args: "OnPolicyDistillConfig") -> None:
         raise ValueError(
             "loss_backend must be 'auto' or 'torch' with a top-k or sampled support, got 'liger'. Liger compares "
             "whole vocabularies only."
+        )
+    if args.loss_backend == "liger" and (args.token_weighting or args.target != "teacher"):
+        name = "target" if args.target != "teacher" else "token_weighting"
+        raise ValueError(
+            f"loss_backend must be 'auto' or 'torch' with {name}={getattr(args, name)!r}, got 'liger'. Liger compares "
+            "with the teacher itself and weighs all tokens alike."
         )

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .losses import nearest_name
 
 TOKEN_GROUPS = ("special", "added")
+OCCURRENCES = ("all", "first")
 
 
 def special_token_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -89,8 +90,29 @@ def reduction_weights(
     return mask / (normalizer * accumulation)
 
 
-def mask_token_ids(mask: Tensor, completion_ids: Tensor, ids: Sequence[int]) -> Tensor:
-    """`mask` without the positions whose token is in `ids`, `(B, T)`."""
+def mask_token_ids(mask: Tensor, completion_ids: Tensor, ids: Sequence[int], occurrence: str = "all") -> Tensor:
+    """
+    `mask` without the positions whose token is in `ids`.
+
+    Args:
+        mask (`torch.Tensor`): Tokens of the loss, boolean, `(B, T)`.
+        completion_ids (`torch.Tensor`): Their ids, `(B, T)`.
+        ids (`Sequence[int]`): Tokens that leave the loss.
+        occurrence (`str`, *optional*, defaults to `"all"`):
+            `"first"`: only the first time that each of them occurs in `mask`, in each completion.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, boolean.
+
+    Paper: `"first"` is the special-token mask of [Revisiting On-Policy
+    Distillation](https://huggingface.co/papers/2603.25562), as in its code.
+    """
     if not ids:
         return mask
-    return mask & ~torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
+    masked = torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
+    if occurrence == "first":
+        masked = torch.zeros_like(mask)
+        for token in ids:
+            here = mask & (completion_ids == token)
+            masked = masked | (here & (here.cumsum(-1) == 1))
+    return mask & ~masked

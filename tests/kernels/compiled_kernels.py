@@ -25,12 +25,13 @@ from triton.runtime import driver
 from trl_opd import fused_linear_divergence
 from trl_opd.kernels import fused, triton_backend
 from trl_opd.kernels.projection import Projector
+from trl_opd.kernels.rows import TORCH_ONLY
 from trl_opd.losses import DIVERGENCES
 
 N, V, H, K = 3, 5001, 8, 4
 SOFTCAPS = {"student_softcap": 30.0, "teacher_softcap": 50.0, "temperature": 0.7}
 BIASES = {"student_bias": torch.zeros(V), "teacher_bias": torch.zeros(V)}
-CALLS = {name: {"divergence": name} for name in DIVERGENCES}
+CALLS = {name: {"divergence": name} for name in DIVERGENCES if name not in TORCH_ONLY}
 for divergence in ("reverse_kl", "generalized_jsd"):
     CALLS |= {
         f"{divergence}, {what}": {"divergence": divergence, **told}

@@ -108,8 +108,8 @@ FLAGS = list(itertools.product([False, True], [False, True]))  # head's shape, p
 DENSE = list(itertools.product(SUPPORTS, TAILS, FLAGS))
 SPARSE = list(itertools.product(LISTS, TAILS, FLAGS))
 # Each combination with one divergence, each divergence with several
-DENSE_SAMPLE = [(NAMES[7 * i % 10], *case) for i, case in enumerate(DENSE)]
-SPARSE_SAMPLE = [(NAMES[7 * i % 10], *case) for i, case in enumerate(SPARSE)]
+DENSE_SAMPLE = [(NAMES[7 * i % len(NAMES)], *case) for i, case in enumerate(DENSE)]
+SPARSE_SAMPLE = [(NAMES[7 * i % len(NAMES)], *case) for i, case in enumerate(SPARSE)]
 
 
 @pytest.mark.parametrize(("name", "support", "tail", "flags"), DENSE_SAMPLE)

@@ -1,5 +1,6 @@
 """Every divergence by every backend against the textbook in float64: heads, weights, sizes, statistics."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from backends import (
     pair,
     represented,
     rows_of,
+    served,
     triton_backend,
     truth_of,
 )
@@ -81,7 +83,7 @@ def test_value_and_gradients_of_every_head(backend, dtype, name, case):
 @pytest.mark.parametrize("size", [2, 3, 15, 16, 17, 32, 33])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_vocabularies_around_the_size_of_a_block(backend, dtype, size):
-    for i, name in enumerate(NAMES):
+    for i, name in enumerate(served(backend)):
         student, teacher = pair(2, size, dtype, seed=i)
         ours = ask(backend, dtype, student, teacher, name)
         value, gradients = truth_of(student, teacher, name)
@@ -92,7 +94,7 @@ def test_vocabularies_around_the_size_of_a_block(backend, dtype, size):
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_one_vocabulary_entry_has_nothing_to_tell(backend, dtype):
     student, teacher = pair(2, 1, dtype)
-    for name in NAMES:
+    for name in served(backend):
         ours = ask(backend, dtype, student, teacher, name, overlap_top_k=3, target_ids=torch.zeros(2).long())
         assert (ours.divergence == 0).all() and all((g == 0).all() for g in ours.gradients)
         assert (ours.student_logprobs == 0).all() and (ours.teacher_entropy == 0).all() and (ours.overlap == 1).all()
@@ -126,7 +128,7 @@ def test_few_rows_or_none(backend, dtype, per_token_grad, how):
     student, teacher = pair({"one token": 1, "no tokens": 0}.get(how, 3), 21, dtype)
     mask = {"one of three": torch.tensor([False, True, False]), "all masked": torch.zeros(3).bool()}.get(how)
     kept = torch.ones(len(student.hidden)).bool() if mask is None else mask
-    for name in NAMES[1:4] if per_token_grad else NAMES:
+    for name in NAMES[1:4] if per_token_grad else served(backend):
         ours = ask(backend, dtype, student, teacher, name, mask=mask, per_token_grad=per_token_grad)
         value, gradients = truth_of(student, teacher, name, weights=kept.double())
         assert_values(ours.divergence, value * kept, dtype)
@@ -217,6 +219,20 @@ PARAMETERS = [
     ("todi", {"scale": 4.0}),
     ("adaptive_kl", {"head_mass": 0.05}),
     ("adaptive_kl", {"head_mass": 0.95}),
+    ("skew_reverse_kl", {"skew": 0.3, "detached": 1}),
+    ("skew_reverse_kl", {"skew": 0.9, "detached": 1}),
+    *(
+        ("concrete_score", {"first": first, "second": second})
+        for first, second in itertools.combinations_with_replacement(("student", "teacher", "uniform"), 2)
+    ),
+    ("concrete_score", {"first": "uniform", "second": "student"}),
+    ("entropy_gated_kl", {"threshold": -1.0, "coef": 1.0}),
+    ("entropy_gated_kl", {"threshold": 2.7, "coef": 0.4}),
+    ("entropy_gated_kl", {"threshold": 5.0, "coef": 0.4}),
+    (
+        "convex_mix",
+        {"total_variation": 0.5, "concrete_score": {"weight": 0.5, "first": "student", "second": "uniform"}},
+    ),
 ]
 
 

@@ -101,7 +101,11 @@ def test_a_frozen_head_gets_no_gradient():
     ("changed", "what", "reason"),
     [
         *(
-            ({"divergence": name}, name, "forward KL, reverse KL and the generalized JSD only")
+            (
+                {"divergence": name, "divergence_kwargs": CASES[name][1]},
+                name,
+                "forward KL, reverse KL and the generalized JSD only",
+            )
             for name in list(CASES)[3:]
         ),
         *(

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends import STATISTICS
+from backends import STATISTICS, served
 from textbook import CASES, CountGemms, Side, divergence, fused_arguments, make_sides
 
 from trl_opd import fused_linear_divergence
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-NAMES = list(CASES)
+NAMES = served("triton")
 N, H, V = 70, 64, 5003  # an odd vocabulary of several blocks
 
 

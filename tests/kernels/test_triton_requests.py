@@ -81,7 +81,8 @@ ids = torch.tensor([[0, 1], [2, -1], [3, 4]])
 for backend in ("auto", "torch"):
     for name in DIVERGENCES:
         for kwargs in ({}, {"per_token_grad": True}, {"support": "union_top_k", "support_size": 2}):
-            call(backend=backend, divergence=name, **kwargs).backward()
+            own = {"divergence_kwargs": {"todi": 0.5, "reverse_kl": None}} if name == "convex_mix" else {}
+            call(backend=backend, divergence=name, **own, **kwargs).backward()
     fused_linear_divergence(h, w, teacher_topk=(ids, torch.full((3, 2), -1.0)), backend=backend).loss.backward()
 try: call(backend="triton")
 except ValueError as error: print(trl_opd.__file__, error)

@@ -96,6 +96,17 @@ def cases():
             "todi", {"vocab_size": V, "support": "intersection_top_k", "support_size": V - 2}, first=V, padding=(3, 3)
         ),
     )
+    uniform = {"divergence_kwargs": {"first": "uniform", "second": "student"}}
+    yield "uniform weights", Case("concrete_score", uniform)
+    yield "uniform weights, per token", Case("concrete_score", uniform, per_token=True)
+    yield (
+        "uniform weights, nothing but padding on the second process",
+        Case("concrete_score", {"vocab_size": V, **uniform}, first=V, padding=(3, 3)),
+    )
+    for lost in ((0, FIRST), (FIRST, V - 1), (2, 5)):
+        yield f"uniform weights, -inf {lost}", Case("concrete_score", uniform, infinite=(lost, lost))
+    detached = {"divergence_kwargs": {"skew": 0.3, "detached": 1}}
+    yield "a detached mixture", Case("skew_reverse_kl", detached)
     for which in range(2):  # one model has no mass on the whole shard of one process
         for shard in ((0, FIRST), (FIRST, V)):
             infinite = (shard, (0, 0)) if which == 0 else ((0, 0), shard)

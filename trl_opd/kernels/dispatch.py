@@ -3,23 +3,27 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..losses import nearest_name, resolve_divergence
-from .fused import GradientInForward, PerToken
-from .members import Member, TopK, check_mixture, checked_weights, list_members
+from ..losses import resolve_divergence
+from .checks import BACKENDS as BACKENDS
+from .checks import check_names, check_rows, checked_temperature
+from .fused import GradientInForward, PerToken, weighted_divergence
+from .members import MIXTURES, AffineTarget, TopK, check_mixture, checked_weights, list_members, make_target
 from .modes import untraced
 from .operands import Rows, check_head, choose_rows, gathered, move, operand_dtype, whole
-from .problem import Problem
+from .problem import Problem, TokenWeighting
 from .projection import logit_dtype
 from .result import FusedDivergence, make_result
-from .supports import SUPPORTS, TAILS, check_topk
+from .rows import TORCH_ONLY
+from .statistics import check_statistics
+from .supports import check_topk
 from .vocab_parallel import VocabShard, make_shard
 
-BACKENDS = ("auto", "torch", "triton", "liger")
 _CPU_CHUNK_BYTES = 128 << 20
 _DEVICE_CHUNK_BYTES = 512 << 20
 
@@ -32,13 +36,13 @@ def fused_linear_divergence(
     teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     divergence: str = "reverse_kl",
-    divergence_kwargs: Mapping[str, float] | None = None,
+    divergence_kwargs: Mapping[str, Any] | None = None,
     token_weights: Tensor | None = None,
     mask: Tensor | None = None,
     target_ids: Tensor | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float | Sequence[float] = 1.0,
     student_softcap: float | None = None,
@@ -46,10 +50,15 @@ def fused_linear_divergence(
     teacher_topk: TopK | Sequence[TopK | None] | None = None,
     mixture: str = "arithmetic",
     mixture_weights: Sequence[float] | Tensor | None = None,
+    student_coef: float | Tensor = 0.0,
+    contrast_scale: float = 15.0,
+    contrast_floor: float = 1e-3,
     support: str = "full",
     support_size: int | None = None,
     tail: str = "bucket",
     overlap_top_k: int = 0,
+    statistics: Mapping[str, int | None] | None = None,
+    token_weighting: TokenWeighting | None = None,
     per_token_grad: bool = False,
     vocab_size: int | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -87,7 +96,7 @@ def fused_linear_divergence(
         teacher_hidden (`torch.Tensor` or `Sequence`, *optional*): Shape `(N, H_t)`; of several teachers, one each.
         teacher_weight (`torch.Tensor` or `Sequence`, *optional*): Shape `(V_t, H_t)`.
         divergence (`str`, *optional*, defaults to `"reverse_kl"`): A name of `trl_opd.losses`.
-        divergence_kwargs (`Mapping[str, float]`, *optional*): Its parameters.
+        divergence_kwargs (`Mapping[str, Any]`, *optional*): Its parameters.
         token_weights (`torch.Tensor`, *optional*): Detached weight per token, shape `(N,)`; 1 by default.
         mask (`torch.Tensor`, *optional*):
             Rows to project, boolean, shape `(N,)`; by default those whose weight is not 0. Other rows cost nothing,
@@ -97,8 +106,9 @@ def fused_linear_divergence(
             last entry: leave such rows out.
         student_bias (`torch.Tensor`, *optional*), teacher_bias (`torch.Tensor`, *optional*):
             Shapes `(V_s,)`, `(V_t,)`.
-        temperature (`float`, *optional*, defaults to `1.0`): Divides both models' logits. The divergence is not
-            multiplied by its square.
+        temperature (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
+            Divides both models' logits; a tensor `(N,)` for one of each row, with dense teachers. The divergence is
+            not multiplied by its square.
         student_logit_scale (`float`), teacher_logit_scale (`float`), student_softcap (`float`, *optional*),
         teacher_softcap (`float`, *optional*): The models' own logit post-processing.
         teacher_topk (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
@@ -108,9 +118,20 @@ def fused_linear_divergence(
         mixture (`str`, *optional*, defaults to `"arithmetic"`):
             What several teachers make, with their probabilities p_k and weights w_k: `"arithmetic"` is the teacher
             Σ w_k p_k, `"geometric"` the one proportional to Π p_k^w_k, `"loss_sum"` is Σ w_k times the divergence from
-            each (each on its own support). Top-k teachers have the last only.
+            each (each on its own support). Top-k teachers have the last only. Two more are targets made of dense
+            teachers' final logits z_k (after scale, softcap and temperature). `"affine"` aims at the logits
+            Σ w_k z_k + `student_coef` · z_student, of one teacher too. `"contrast"` aims at z_1 + c (z_1 − z_2) of
+            two, with c = `contrast_scale` · Σ_v |p_1 − p_2| + `contrast_floor` in each row, and divides the row's
+            divergence by c. With these two, what is reported of the teacher is that of the first; `divergence` and the
+            entries of a support are the target's.
         mixture_weights (`Sequence[float]` or `torch.Tensor`, *optional*):
-            The w_k, above 0 and of sum 1; a tensor `(N, M)` for weights that differ by token. Equal by default.
+            The w_k, above 0 and of sum 1 (any finite numbers with `"affine"`); a tensor `(N, M)` for weights that
+            differ by token. Equal by default.
+        student_coef (`float` or `torch.Tensor`, *optional*, defaults to `0.0`):
+            Coefficient of the student's own final logits in an `"affine"` target, `(N,)` if it differs by token. That
+            term carries no gradient.
+        contrast_scale (`float`, *optional*, defaults to `15.0`): See `mixture`.
+        contrast_floor (`float`, *optional*, defaults to `1e-3`): See `mixture`; above 0.
         support (`str`, *optional*, defaults to `"full"`):
             Entries to compare with a dense teacher: `"full"`, `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`,
             `"intersection_top_k"` (entries in both top sets; a row that has none is left at value and gradient 0).
@@ -118,6 +139,16 @@ def fused_linear_divergence(
         tail (`str`, *optional*, defaults to `"bucket"`):
             What becomes of the entries outside a support: `"bucket"`, `"renormalize"` or `"none"`.
         overlap_top_k (`int`, *optional*, defaults to `0`): Size of the top sets whose overlap is reported; 0 for none.
+        statistics (`Mapping[str, int | None]`, *optional*):
+            Further statistics to report in `.further`, by name: `"hellinger"`, `"total_variation"`, `"accepted"`
+            (with k), `"teacher_margin"` (with k), `"teacher_rank"`, `"student_rank"`, `"teacher_max_logprob"`; see
+            `trl_opd.kernels.statistics`.
+        token_weighting (`Callable`, *optional*):
+            A weight of each row that depends on its statistics: called with those of some rows by name, `(n,)` each
+            and detached (all that the result has, and `statistics`), it returns `(n,)` weights, which are multiplied
+            with `token_weights` before the gradient is formed. What it returns for a row must depend on that row
+            alone; how many rows it sees at a time is not defined. Costs no product. With `mixture="loss_sum"` it sees
+            the means over the teachers; with `per_token_grad` its weights are in `.loss` and not in `.divergence`.
         per_token_grad (`bool`, *optional*, defaults to `False`):
             Make `.divergence`, `.student_logprobs` and `.student_entropy` differentiable. The backward pass then
             projects again (6 GEMMs instead of 4). Without any teacher, log-probs and entropy alone.
@@ -135,8 +166,8 @@ def fused_linear_divergence(
             ZeRO-3 reduces the head's gradient only if the call is made inside the model's own forward.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"` is the chunked reference, `"triton"` does its elementwise work in Triton kernels on CUDA devices
-            (fp32 logits, no `vocab_group`), `"liger"` calls liger-kernel for what it computes correctly. `"auto"`
-            takes Triton where it runs, else PyTorch.
+            (fp32 logits; no `vocab_group`, target, `statistics` or temperature of each row), `"liger"` calls
+            liger-kernel for what it computes correctly. `"auto"` takes Triton where it runs, else PyTorch.
 
     Returns:
         [`FusedDivergence`]
@@ -148,8 +179,11 @@ def fused_linear_divergence(
     members = list_members(
         teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap, teacher_topk
     )
-    _check_names(support, tail, backend, support_size, members, temperature)
+    check_names(support, tail, backend, support_size, members)
     check_mixture(mixture, members)
+    further = check_statistics(statistics, members, target_ids is not None)
+    if token_weighting is not None and not members:
+        raise ValueError("token_weighting needs a teacher: it weighs the divergence, and this call has none.")
     if not members and not per_token_grad:
         raise ValueError(
             "A teacher is required: pass teacher_hidden and teacher_weight, or teacher_topk. Without one only "
@@ -158,7 +192,10 @@ def fused_linear_divergence(
     per_row = {"token_weights": token_weights, "mask": mask, "target_ids": target_ids}
     if isinstance(mixture_weights, Tensor) and mixture_weights.dim() == 2:
         per_row["mixture_weights"] = mixture_weights
-    _check_rows(student_hidden.shape[0], members, per_row)
+    for what, x in (("student_coef", student_coef), ("temperature", temperature)):
+        if isinstance(x, Tensor) and x.dim() > 0:
+            per_row[what] = x
+    check_rows(student_hidden.shape[0], members, per_row)
 
     heads = [head for member in members if (head := member.head) is not None]
     with gathered(gather, student_weight, student_bias, *(x for head in heads for x in (head.weight, head.bias))):
@@ -181,7 +218,14 @@ def fused_linear_divergence(
         for member in members:
             if member.topk is not None:
                 check_topk(*member.topk, shard.total)
-        several = len(members) > 1 or (members and mixture_weights is not None)
+        contrast = (contrast_scale, contrast_floor)
+        target = make_target(mixture, mixture_weights, student_coef, contrast, len(members), rows.take, weight)
+        if isinstance(target, AffineTarget) and target.is_teacher:
+            target, members = None, members[:1]
+        several = mixture in MIXTURES and (len(members) > 1 or (members and mixture_weights is not None))
+        temperature = checked_temperature(temperature, members, rows, device)
+        whole_rows = support == "full" and any(member.head is not None for member in members)
+        torch_only = _torch_only(name, whole_rows, target, temperature, further)
         problem = Problem(
             divergence=name,
             params=params,
@@ -202,8 +246,11 @@ def fused_linear_divergence(
             compute_dtype=dtype,
             chunk_bytes=chunk_bytes,
             grad_enabled=torch.is_grad_enabled(),
-            backend=_choose_backend(backend, device, dtype, shard),
+            backend=_choose_backend(backend, device, dtype, shard, torch_only),
             gather=gather,
+            target=target,
+            further=further,
+            token_weighting=token_weighting,
         )
         return _run(rows, hidden, weight, bias, problem, backend, per_token_grad)
 
@@ -228,22 +275,41 @@ def _run(
         values = PerToken.apply(hidden, weight, bias, problem)
         per_token = dict(zip(("divergence", "student_logprobs", "student_entropy"), values[:3], strict=True))
         stats = values[3]
-        weighted = per_token["divergence"] if problem.weights is None else per_token["divergence"] * problem.weights
-        loss = weighted.sum() if problem.has_teacher else per_token["student_entropy"].sum() * 0.0
+        if problem.has_teacher:
+            loss = weighted_divergence(per_token["divergence"], stats, problem).sum()
+        else:
+            loss = per_token["student_entropy"].sum() * 0.0
     else:
         loss, stats = GradientInForward.apply(hidden, weight, bias, problem)
     return make_result(loss, stats, per_token, rows, problem)
 
 
-def _choose_backend(backend: str, device: torch.device, dtype: torch.dtype, shard: VocabShard) -> str:
+def _choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, shard: VocabShard, torch_only: str | None
+) -> str:
     """Whether Triton or PyTorch does the arithmetic of the rows."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        reason = why_not_triton(device, dtype, shard.group)
+        reason = torch_only or why_not_triton(device, dtype, shard.group)
         if reason is None:
             return "triton"
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot be used: {reason}. Use backend='auto' or 'torch'.")
     return "torch"
+
+
+def _torch_only(
+    divergence: str, whole_rows: bool, target: object, temperature: float | Tensor, further: Mapping[str, int | None]
+) -> str | None:
+    """What of a request the Triton kernels do not do; `None` if they do it all."""
+    if divergence in TORCH_ONLY and whole_rows:
+        return f"its kernels have no core for {divergence} over the full vocabulary"
+    if target is not None:
+        return "its kernels compare with the teacher itself, not with an affine or contrast target"
+    if isinstance(temperature, Tensor):
+        return "its kernels take one temperature for all rows"
+    if further:
+        return f"its kernels do not find out statistics={sorted(further)}"
+    return None
 
 
 def why_not_triton(
@@ -257,46 +323,3 @@ def why_not_triton(
     except ImportError as error:  # no wheel for this system, or the files are gone
         return f"it cannot be imported ({error})"
     return unusable(device, logit_dtype(dtype))
-
-
-def _check_names(
-    support: str,
-    tail: str,
-    backend: str,
-    support_size: int | None,
-    members: Sequence[Member],
-    temperature: float,
-) -> None:
-    if support not in SUPPORTS or support == "sampled":
-        valid = [s for s in SUPPORTS if s != "sampled"]
-        raise ValueError(f"support must be a vocabulary support, got {support!r}.{nearest_name(support, valid)}")
-    if tail not in TAILS:
-        raise ValueError(f"tail must be a known name, got {tail!r}.{nearest_name(tail, list(TAILS))}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be a known name, got {backend!r}.{nearest_name(backend, list(BACKENDS))}")
-    sizes = [member.topk[0].shape[-1] for member in members if member.topk is not None]
-    dense = support != "full" and (not members or len(sizes) < len(members))
-    if dense and (support_size is None or support_size < 1):
-        raise ValueError(f"support_size must be at least 1 for support={support!r}, got {support_size!r}.")
-    if dense and support_size is not None and support != "union_top_k":
-        sizes.append(support_size)
-    if tail == "renormalize" and 1 in sizes:
-        raise ValueError(
-            "support_size must be at least 2 with tail='renormalize', got 1. One renormalised entry has probability 1 "
-            "in both distributions: value and gradient are identically zero. Use a larger support or tail='bucket'."
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature!r}. It divides the logits.")
-
-
-def _check_rows(n: int, members: Sequence[Member], per_row: Mapping[str, Tensor | None]) -> None:
-    for member in members:
-        if member.hidden is not None and member.hidden.shape[0] != n:
-            raise ValueError(
-                f"teacher_hidden must have one row per student row ({n}), got {member.hidden.shape[0]}. The two "
-                "models must be compared at the same positions."
-            )
-    per_teacher = [item for member in members for item in member.per_row.items()]
-    for what, tensor in [*per_row.items(), *per_teacher]:
-        if tensor is not None and tensor.shape[0] != n:
-            raise ValueError(f"{what} must have one row per token ({n}), got shape {tuple(tensor.shape)}.")

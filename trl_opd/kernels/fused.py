@@ -9,7 +9,10 @@ when the teacher gives only top-k log-probs), none of them in the backward pass.
 
 Each further dense teacher costs its own projection, whatever the mixture. A mixture of distributions is formed in the
 teacher's logits (`mixtures`) and compared once. A sum of losses is the weighted mean of problems of one teacher each:
-they share the student's logits, and their gradients are averaged before they are multiplied back.
+they share the student's logits, and their gradients are averaged before they are multiplied back. A target is formed
+where the student's final logits are, block by block (`torch_backend`), from the logits of all teachers.
+
+A `token_weighting` is called between a chunk's statistics and its products: its weights join those of the rows.
 
 Where gradients are multiplied in a lower precision than the logits', those of several chunks wait for one product: it
 adds to the fp32 gradient of the head, and reading and writing that costs as much as multiplying a few hundred rows.
@@ -30,7 +33,7 @@ from torch import Tensor
 from .mixtures import TeacherMixture, shares
 from .modes import first_order, scaled
 from .operands import check_head
-from .problem import ROOM, STATS, Problem, Upstream
+from .problem import ROOM, STATS, Problem, TokenWeighting, Upstream
 from .projection import Projector
 from .torch_backend import TorchRows
 
@@ -78,7 +81,9 @@ class _Pass:
             self.shares = shares(problem.mixture_weights, self.dtype)[1]
         self.adds_bias = problem.backend != "triton"  # which adds it as it reads
         n = student_hidden.shape[0]
-        self.stats = [student_hidden.new_full((len(STATS), n), float("nan"), dtype=self.dtype) for _ in self.parts]
+        self.stat_names = problem.stat_names
+        shape = len(self.stat_names), n
+        self.stats = [student_hidden.new_full(shape, float("nan"), dtype=self.dtype) for _ in self.parts]
 
     def run(
         self,
@@ -87,7 +92,7 @@ class _Pass:
         grad_bias: Tensor | None = None,  # (V,) fp32, added to
         upstream: Upstream | None = None,  # instead of the problem's weights
     ) -> Tensor:
-        """Fill and return the statistics, `(len(STATS), N)`."""
+        """Fill and return the statistics, `(len(problem.stat_names), N)`."""
         size, n, device = self.p.vocab_size, self.hidden.shape[0], self.hidden.device
         need_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
         waits = need_grad and self.projector.grad_dtype != self.dtype
@@ -120,8 +125,11 @@ class _Pass:
                     None if grad_weight is None else grad_weight[:size],
                 )
                 first = sl.stop
-        self._make_whole(grad_hidden)
-        return self._mean_stats()
+        if self.p.token_weighting is None or upstream is not None:
+            self._make_whole(slice(None))
+        if grad_hidden is not None and self.p.shard.group is not None:
+            grad_hidden.copy_(self.p.shard.sum(grad_hidden)[0])
+        return self._mean_stats(slice(None))
 
     def _chunk(
         self, logits: Tensor, others: Tensor, gradient: Tensor | None, sl: slice, upstream: Upstream | None
@@ -132,7 +140,8 @@ class _Pass:
 
         Returns the gradient and the weights of the rows where it still lacks them.
         """
-        if len(self.parts) == 1:
+        weighting = self.p.token_weighting if upstream is None else None
+        if len(self.parts) == 1 and weighting is None:
             return gradient, self._part(0, logits, self._teacher_logits(0, others, sl), gradient, sl, upstream)
         mean, weights = logits, None
         for i in range(len(self.parts)):
@@ -144,27 +153,55 @@ class _Pass:
             elif gradient is not None:
                 share = self.shares[:, i : i + 1]
                 mean.lerp_(own, share if share.shape[0] == 1 else share[sl])
+        if weighting is not None:
+            own_weights = self._weigh(weighting, sl)
+            if weights is None and gradient is logits:  # as it would be without: what is summed has its weights
+                mean.mul_(own_weights[:, None])
+            else:
+                weights = own_weights if weights is None else weights * own_weights
         if gradient is None or gradient is logits:
             return None if gradient is None else mean, weights
         torch.mul(mean, 1.0 if weights is None else weights[:, None], out=gradient)
         return gradient, None
 
-    def _teacher_logits(self, i: int, others: Tensor, sl: slice) -> Tensor | None:
-        """Logits of the i-th part's teacher, if it is a dense one, in the buffers beside the student's."""
+    def _weigh(self, weighting: TokenWeighting, sl: slice) -> Tensor:
+        """The weights that the call's `token_weighting` makes of the statistics of the rows `sl`."""
+        self._make_whole(sl)
+        stats = dict(zip(self.stat_names, self._mean_stats(sl), strict=True))
+        weights = weighting({name: stats[name].clone() for name in self.p.known if name != "weights"})
+        shape = (sl.stop - sl.start,)
+        if not isinstance(weights, Tensor) or weights.shape != shape:
+            got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+            raise ValueError(
+                f"token_weighting must return a tensor of one weight per row, {shape} like the statistics it is "
+                f"given, got {got}."
+            )
+        own = self.stats[0][self.stat_names.index("weights")]
+        own[sl] = weights.detach().to(self.dtype)
+        return own[sl]
+
+    def _teacher_logits(self, i: int, others: Tensor, sl: slice) -> list[Tensor]:
+        """Logits of the i-th part's dense teachers, if it has any, in the buffers beside the student's."""
         if self.mixture is not None:
-            return self.mixture.logits(sl, others[0], others[1])
-        projector = self.teacher_projectors[i] if self.teacher_projectors else None
-        if projector is None:
-            return None
-        hidden = self.p.members[i].hidden
-        assert hidden is not None
-        return projector.logits(hidden[sl], others[-1], self.adds_bias)
+            return [self.mixture.logits(sl, others[0], others[1])]
+        if self.p.target is None:
+            others, which = others[-1:], [i]
+        else:
+            which = [*range(len(self.p.members))]
+        logits = []
+        for k, out in zip(which, others, strict=False):
+            projector = self.teacher_projectors[k] if self.teacher_projectors else None
+            if projector is not None:
+                hidden = self.p.members[k].hidden
+                assert hidden is not None
+                logits.append(projector.logits(hidden[sl], out, self.adds_bias))
+        return logits
 
     def _part(
         self,
         i: int,
         logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher_logits: list[Tensor],
         gradient: Tensor | None,
         sl: slice,
         upstream: Upstream | None,
@@ -179,30 +216,35 @@ class _Pass:
 
         teacher = None if self.mixture is not None or not self.teacher_projectors else self.teacher_projectors[i]
         biases = (self.projector.bias, None if teacher is None else teacher.bias)
-        TritonRows(problem, logits, teacher_logits, biases, stats[:, sl], gradient, sl, upstream).run()
+        dense = teacher_logits[0] if teacher_logits else None
+        TritonRows(problem, logits, dense, biases, stats[:, sl], gradient, sl, upstream).run()
         return None
 
-    def _make_whole(self, grad_hidden: Tensor | None) -> None:
-        """Sum over the processes of a vocabulary group what was left in parts: entries at the targets, entropies."""
+    def _make_whole(self, sl: slice) -> None:
+        """
+        Sum over the processes of a vocabulary group what was left in parts of the rows `sl`: entries at the targets,
+        entropies.
+        """
         if self.p.shard.group is None:
             return
         for problem, stats in zip(self.parts, self.stats, strict=True):
             models = ("student",) if problem.teacher is None else ("student", "teacher")  # a sparse one's are whole
             rows = [STATS.index(f"{model}_{name}") for model in models for name in ("entropy", "logprobs")]
-            (stats[rows],) = self.p.shard.sum(stats[rows])
-        if grad_hidden is not None:
-            grad_hidden.copy_(self.p.shard.sum(grad_hidden)[0])
+            own = stats[:, sl]
+            (own[rows],) = self.p.shard.sum(own[rows])
 
-    def _mean_stats(self) -> Tensor:
-        """The parts' statistics in the mean; the student's are the same in all."""
+    def _mean_stats(self, sl: slice) -> Tensor:
+        """The parts' statistics of the rows `sl` in the mean; the student's are the same in all."""
         if len(self.parts) == 1:
-            return self.stats[0]
+            return self.stats[0][:, sl]
         assert self.p.mixture_weights is not None
-        stats = self.stats[0].clone()
-        teachers = [i for i, name in enumerate(STATS) if not name.startswith("student_")]
+        stats = self.stats[0][:, sl].clone()
+        shared = [*(name for name in self.stat_names if name.startswith("student_")), "weights"]
+        teachers = [i for i, name in enumerate(self.stat_names) if name not in shared]
         columns = self.p.mixture_weights.T  # (M, 1) or (M, N)
+        columns = columns if columns.shape[1] == 1 else columns[:, sl]
         stats[teachers] = sum(
-            part[teachers].double() * column for part, column in zip(self.stats, columns, strict=True)
+            part[teachers][:, sl].double() * column for part, column in zip(self.stats, columns, strict=True)
         ).to(self.dtype)
         return stats
 
@@ -224,6 +266,16 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
+def weighted_divergence(divergence: Tensor, stats: Tensor, problem: Problem) -> Tensor:
+    """Weight times divergence of each row, `(N,)`."""
+    if problem.weights is not None:
+        divergence = divergence * problem.weights.to(divergence.dtype)
+    if problem.token_weighting is None:
+        return divergence
+    weights = stats[problem.stat_names.index("weights")]
+    return divergence.masked_fill((weights == 0) & divergence.isinf(), 0.0) * weights  # a gate takes such a row out
+
+
 class GradientInForward(torch.autograd.Function):
     """`(loss, stats)`: the gradient of the weighted sum is formed in the forward pass and scaled in the backward."""
 
@@ -237,8 +289,7 @@ class GradientInForward(torch.autograd.Function):
             buffers = _gradient_buffers(hidden, weight, bias, needs, step.dtype)
             stats = step.run(*buffers)
         divergence = stats[STATS.index("divergence")]
-        weighted = divergence if problem.weights is None else divergence * problem.weights.to(divergence.dtype)
-        loss = weighted.sum()
+        loss = weighted_divergence(divergence, stats, problem).sum()
         ctx.save_for_backward(*(_cast(g, x) for g, x in zip(buffers, (hidden, weight, bias), strict=True)))
         ctx.mark_non_differentiable(stats)
         return loss, stats

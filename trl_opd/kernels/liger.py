@@ -24,6 +24,10 @@ def _check(hidden: Tensor, weight: Tensor, problem: Problem, per_token_grad: boo
     """The β of Liger's JSD for this problem, or an error."""
     if len(problem.members) > 1:
         raise _refuse("several teachers", "Liger compares with one.")
+    if problem.target is not None or problem.further or problem.token_weighting is not None:
+        raise _refuse("targets, further statistics or a token_weighting", "Liger compares with the teacher itself.")
+    if isinstance(problem.temperature, torch.Tensor):
+        raise _refuse("a temperature of each token", "Liger takes one number.")
     if problem.divergence not in (*_BETA, "generalized_jsd"):
         raise _refuse(problem.divergence, "Liger has forward KL, reverse KL and the generalized JSD only.")
     if problem.teacher is None or problem.support != "full":

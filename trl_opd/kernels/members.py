@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The teachers of a call, as its arguments give them: one, several, or none.
+The teachers of a call, as its arguments give them: one, several, or none; and what is aimed at instead of them.
 
 An argument is one value for all teachers or a sequence of one entry for each.
 Shapes: N rows (tokens), H hidden, V vocabulary, K support.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from .operands import check_head, frozen_head, teacher_dtype
 from .projection import Head
 
 MIXTURES = ("arithmetic", "geometric", "loss_sum")
+TARGET_MIXTURES = ("affine", "contrast")
 TopK = tuple[Tensor, Tensor]
 
 
@@ -54,6 +56,29 @@ class Member:
         check_head("teacher", self.hidden, head.weight, head.bias)
         dtype = teacher_dtype(student_dtype, self.hidden, head)
         return replace(self, hidden=take(self.hidden), head=head, dtype=dtype)
+
+
+@dataclass
+class AffineTarget:
+    """Logits Σ_k a_k z_k + c · z_s of the teachers' final logits and the student's, whose term has no gradient."""
+
+    coefs: Tensor  # (1, M + 1) or (N, M + 1) float64: the a_k, then c
+    total: Tensor  # (1, 1) or (N, 1): their sum
+    pivot: int  # the column that the others are compared with, see `mixtures.affine_logits`
+    present: tuple[int, ...]  # the other columns that are not all 0
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether this is the first teacher itself."""
+        return self.pivot == 0 and not self.present and bool((self.coefs[:, 0] == 1).all())
+
+
+@dataclass
+class ContrastTarget:
+    """Logits z_1 + w (z_1 − z_2) with w = scale · Σ_v |p_1 − p_2| + floor of each row, which is also divided by w."""
+
+    scale: float
+    floor: float
 
 
 def list_members(
@@ -127,8 +152,18 @@ def _member(
 
 def check_mixture(mixture: str, members: Sequence[Member]) -> None:
     """Refuse a mixture that has no meaning for the teachers."""
-    if mixture not in MIXTURES:
-        raise ValueError(f"mixture must be a known name, got {mixture!r}.{nearest_name(mixture, list(MIXTURES))}")
+    names = [*MIXTURES, *TARGET_MIXTURES]
+    if mixture not in names:
+        raise ValueError(f"mixture must be a known name, got {mixture!r}.{nearest_name(mixture, names)}")
+    if mixture in TARGET_MIXTURES and (not members or any(m.topk is not None for m in members)):
+        raise ValueError(
+            f"mixture={mixture!r} needs teachers that give hidden states, all of them. Of a top-k list the logits "
+            "outside the list are not known, so there is nothing to combine. Use local teachers, or another mixture."
+        )
+    if mixture == "contrast" and len(members) != 2:
+        raise ValueError(
+            f"mixture='contrast' needs two teachers, the chosen and the reversed one, got {len(members)}."
+        )
     if len(members) > 1 and mixture != "loss_sum" and any(m.topk is not None for m in members):
         raise ValueError(
             f"mixture must be 'loss_sum' with teachers of which only the top K is known, got {mixture!r}. What lists "
@@ -149,11 +184,7 @@ def checked_weights(
     if weights is None:
         return torch.full((1, count), 1 / count, dtype=torch.float64, device=like.device)
     by_row = isinstance(weights, Tensor) and weights.dim() == 2
-    if isinstance(weights, Tensor):
-        weights = weights.detach()
-        values = (take(weights) if by_row else weights.reshape(1, -1)).to(like.device, torch.float64)
-    else:
-        values = torch.tensor([*weights], dtype=torch.float64, device=like.device)[None]
+    values = _columns(weights, take, like)
     total = values.sum(-1, keepdim=True)
     valid = values.shape[-1] == count and bool(((values > 0) & ((total - 1).abs() < 1e-5)).all())
     if not valid:
@@ -164,3 +195,76 @@ def checked_weights(
             "their sum."
         )
     return values / total
+
+
+def make_target(
+    mixture: str,
+    weights: Sequence[float] | Tensor | None,
+    student_coef: float | Tensor,
+    contrast: tuple[float, float],
+    count: int,
+    take: Callable[[Tensor], Tensor],
+    like: Tensor,
+) -> AffineTarget | ContrastTarget | None:
+    """
+    What `count` teachers and the student make to aim at; `None` where that is the teacher or a mixture of teachers.
+
+    Raises:
+        ValueError: If the numbers are not finite, are not one per teacher, or belong to another mixture.
+    """
+    if mixture != "affine" and (isinstance(student_coef, Tensor) or student_coef != 0):
+        raise ValueError(f"student_coef needs mixture='affine', got {student_coef!r} with {mixture!r}.")
+    if mixture == "contrast":
+        return _contrast_target(weights, *contrast)
+    if mixture != "affine":
+        return None
+    if weights is None and count > 1:
+        raise ValueError(
+            f"mixture='affine' needs mixture_weights, one number for each of the {count} teachers, got None."
+        )
+    teachers = _columns([1.0] if weights is None else weights, take, like)
+    student = student_coef[:, None] if isinstance(student_coef, Tensor) and student_coef.dim() == 1 else student_coef
+    own = _columns(student if isinstance(student, Tensor) else [student], take, like)
+    if teachers.shape[-1] != count or not bool(teachers.isfinite().all()):
+        shown = teachers[0].tolist() if teachers.shape[0] == 1 else f"a tensor of shape {tuple(teachers.shape)}"
+        raise ValueError(
+            f"mixture_weights must be {count} finite numbers, one per teacher (or such a row for every token), got "
+            f"{shown}. They are the coefficients of the teachers' logits."
+        )
+    if own.shape[-1] != 1 or not bool(own.isfinite().all()):
+        raise ValueError(
+            f"student_coef must be a finite number or a tensor (N,) of them, got {student_coef!r}. It is the "
+            "coefficient of the student's own logits."
+        )
+    rows = max(teachers.shape[0], own.shape[0])
+    coefs = torch.cat([teachers.expand(rows, -1), own.expand(rows, -1)], dim=-1)
+    total = coefs.sum(-1, keepdim=True)
+    pivot = int(coefs.abs().sum(0).argmax())
+    present = tuple(k for k in range(count + 1) if k != pivot and bool((coefs[:, k] != 0).any()))
+    # Rounding must not keep equal models from being one to the bit
+    return AffineTarget(coefs, torch.where((total - 1).abs() < 1e-12, 1.0, total), pivot, present)
+
+
+def _contrast_target(weights: Sequence[float] | Tensor | None, scale: float, floor: float) -> ContrastTarget:
+    if weights is not None and len(weights):
+        raise ValueError(
+            f"mixture_weights must be left out with mixture='contrast', got {weights!r}. The coefficient comes from "
+            "how far the two teachers differ. Set contrast_scale and contrast_floor."
+        )
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"contrast_scale must be a finite number, at least 0, got {scale!r}.")
+    if not (math.isfinite(floor) and floor > 0):
+        raise ValueError(
+            f"contrast_floor must be a finite number above 0, got {floor!r}. The loss is divided by the coefficient, "
+            "which is the floor where the two teachers agree."
+        )
+    return ContrastTarget(float(scale), float(floor))
+
+
+def _columns(values: Sequence[float] | Tensor, take: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """`(1, M)`, or `(n, M)` of a tensor that has a row for each token; float64."""
+    if not isinstance(values, Tensor):
+        return torch.tensor([*values], dtype=torch.float64, device=like.device)[None]
+    values = values.detach()
+    values = take(values) if values.dim() == 2 else values.reshape(1, -1)
+    return values.to(like.device, torch.float64)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Several dense teachers as one, in the logits of a chunk of rows: what follows compares with that one as with any other.
+And targets, which the student is led to instead of its teacher (at the end).
 
 With final logits z_k (after scale, softcap and temperature), probabilities p_k = softmax(z_k) and weights w_k of sum 1
 - `arithmetic` is t = Σ_k w_k p_k;
@@ -17,8 +18,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .members import AffineTarget, ContrastTarget
 from .problem import Problem
 from .projection import Projector, shape_logits
+from .vocab_parallel import VocabShard
 
 # Elementwise work goes by blocks of rows that stay in a cache: the CPU's second level, the GPU's last
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
@@ -57,7 +60,7 @@ class TeacherMixture:
             assert member.hidden is not None
             new = projector.logits(member.hidden[sl], mixed if i == 0 else other)
             for j, block in enumerate(self._blocks(new)):
-                self._finish(new[block], i)
+                self._finish(new[block], i, sl, block)
                 if i == 0 and self.arithmetic:
                     norms.append(self._normaliser(new[block]))
                 elif i > 0:
@@ -80,11 +83,13 @@ class TeacherMixture:
         """Column i of `(1, M)` or `(N, M)` for a block of the rows `sl`, `(1, 1)` or `(n, 1)`."""
         return x[:, i : i + 1] if x.shape[0] == 1 else x[sl][block, i : i + 1]
 
-    def _finish(self, logits: Tensor, i: int) -> None:
+    def _finish(self, logits: Tensor, i: int, sl: slice, block: slice) -> None:
         """Raw logits to final ones."""
+        temperature = self.p.temperature_at(sl)
+        temperature = temperature[block] if isinstance(temperature, Tensor) else temperature
         head = self.p.members[i].head
         assert head is not None
-        shape_logits(logits, head.logit_scale, head.softcap, self.p.temperature, need_slope=False)
+        shape_logits(logits, head.logit_scale, head.softcap, temperature, need_slope=False)
         if self.shard.group is not None and self.shard.empty:
             logits.fill_(_LOWEST)
         else:
@@ -108,3 +113,29 @@ class TeacherMixture:
         mixed.sub_(larger).exp_().mul_(rest)
         new.sub_(larger).exp_().mul_(own)
         mixed.add_(new).log_().add_(larger)
+
+
+def affine_logits(target: AffineTarget, logits: Sequence[Tensor], sl: slice) -> Tensor:
+    """
+    Σ_k a_k z_k of the final logits `(n, V)` of the teachers and, last, the student, for the rows `sl`.
+
+    As (Σ_k a_k) z_p + Σ_k a_k (z_k − z_p) with the largest coefficient's z_p: where the models agree, and the
+    coefficients add up to 1, the target is that one model to the bit.
+    """
+    pivot = logits[target.pivot]
+    coefs, total = (
+        x.to(pivot.dtype) if x.shape[0] == 1 else x[sl].to(pivot.dtype) for x in (target.coefs, target.total)
+    )
+    out = pivot * total
+    for k in target.present:
+        out.addcmul_(logits[k] - pivot, coefs[:, k : k + 1])
+    return out
+
+
+def contrast_logits(
+    target: ContrastTarget, logits: tuple[Tensor, Tensor], probs: tuple[Tensor, Tensor], shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """z_1 + w (z_1 − z_2) from final logits and probabilities `(n, V)` of the two teachers, and w `(n,)`."""
+    (distance,) = shard.sum((probs[0] - probs[1]).abs_().sum(-1))
+    coef = distance * target.scale + target.floor
+    return (logits[0] - logits[1]).mul_(coef[:, None]).add_(logits[0]), coef

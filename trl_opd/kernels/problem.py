@@ -5,14 +5,15 @@ What a call of the fused divergence asks for, and what it finds out about each t
 Shapes: N rows (tokens), H hidden, V vocabulary, K support.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .members import Member, TopK
+from .members import AffineTarget, ContrastTarget, Member, TopK
 from .projection import Head
 from .vocab_parallel import VocabShard
 
@@ -30,6 +31,8 @@ STATS = (
     "student_logsumexp",
     "teacher_logsumexp",
 )
+# From the statistics of n rows, by name, `(n,)` each, to a weight each
+TokenWeighting = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -37,13 +40,13 @@ class Problem:
     """Everything about a call that carries no gradient."""
 
     divergence: str
-    params: dict[str, float]
+    params: dict[str, Any]
     members: tuple[Member, ...]  # the teachers
     mixture: str  # of them
-    mixture_weights: Tensor | None  # (1, M) or (N, M), float64; of several
+    mixture_weights: Tensor | None  # (1, M) or (N, M), float64; of several that are mixed
     student_logit_scale: float
     student_softcap: float | None
-    temperature: float
+    temperature: float | Tensor  # (N, 1) float64, if it differs by row
     weights: Tensor | None  # (N,)
     target_ids: Tensor | None  # (N,)
     support: str
@@ -57,6 +60,10 @@ class Problem:
     grad_enabled: bool
     backend: str  # "torch" or "triton"
     gather: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    target: AffineTarget | ContrastTarget | None = None  # what is aimed at, if it is not the teacher itself
+    further: Mapping[str, int | None] = field(default_factory=dict)  # names of `statistics`, with their sizes
+    token_weighting: TokenWeighting | None = None
+    teacher_is_final: bool = False  # whether the teacher's logits need no scale, softcap or temperature any more
 
     @property
     def has_teacher(self) -> bool:
@@ -79,21 +86,53 @@ class Problem:
     @property
     def mixes_logits(self) -> bool:
         """Whether several teachers make one distribution, to be compared with the student's once."""
-        return len(self.members) > 1 and self.mixture != "loss_sum"
+        return len(self.members) > 1 and self.mixture in ("arithmetic", "geometric")
 
     @property
     def parts(self) -> "list[Problem]":
         """The problems of one teacher each, or of none, whose weighted mean this is."""
-        if self.mixes_logits:  # of logits that are final when they are formed
-            final = Head(torch.empty(0), logit_scale=self.temperature)
-            return [replace(self, members=(Member(head=final),))]
-        return [self] if len(self.members) < 2 else [replace(self, members=(member,)) for member in self.members]
+        if self.mixes_logits:
+            return [replace(self, members=(Member(head=Head(torch.empty(0))),), teacher_is_final=True)]
+        if len(self.members) < 2 or self.target is not None:
+            return [self]
+        return [replace(self, members=(member,)) for member in self.members]
+
+    @property
+    def stat_names(self) -> tuple[str, ...]:
+        """What is stored of a row: `STATS`, then what only this call asks for."""
+        names = [*STATS]
+        if isinstance(self.target, ContrastTarget):
+            names.append("target_coef")
+        names += self.further
+        if self.token_weighting is not None:
+            names.append("weights")
+        return tuple(names)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Those of them that this call finds out."""
+        missing: set[str] = set()
+        if self.target_ids is None:
+            missing |= {"student_logprobs", "teacher_logprobs"}
+        if not self.all_dense:
+            missing |= {"teacher_logprobs", "teacher_logsumexp"}
+        if not self.overlap_top_k:
+            missing.add("overlap")
+        if not self.has_teacher:
+            missing |= {"divergence", "forward_kl", "reverse_kl", "teacher_entropy"}
+        return tuple(name for name in self.stat_names if name not in missing)
+
+    def temperature_at(self, sl: slice) -> float | Tensor:
+        """Of the rows `sl`: a number, or `(n, 1)`."""
+        return self.temperature[sl] if isinstance(self.temperature, Tensor) else self.temperature
 
     @property
     def num_buffers(self) -> int:
         """Logits `(n, V)` of a chunk that exist at a time."""
         if self.mixes_logits:
             return 3  # the student's, the mixture's and the next teacher's
+        if self.target is not None:
+            return 1 + len(self.members)
         copies = min(len(self.members) - 1, 2)  # of the student's: a gradient takes their place
         return 1 + max(copies, 0) + any(member.head is not None for member in self.members)
 
@@ -106,6 +145,7 @@ class Problem:
         buffers = self.num_buffers
         if self.backend != "triton" and (device.type != "cpu" or self.shard.group is not None):
             buffers = 6 + max(2, buffers)  # every temporary is as long as the chunk
+            buffers += 0 if self.target is None else 4
         width = max(self.shard.widths)  # processes that share a vocabulary walk in step
         rows = self.chunk_bytes // (width * (buffers * dtype.itemsize + waiting_bytes))
         return max(1, min(num_tokens, rows - rows % 64 if rows > 64 and device.type != "cpu" else rows))

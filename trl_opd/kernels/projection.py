@@ -115,14 +115,24 @@ class Projector:
 
 
 def shape_logits(
-    logits: Tensor, scale: float, softcap: float | None, temperature: float, need_slope: bool = True
+    logits: Tensor, scale: float, softcap: float | None, temperature: float | Tensor, need_slope: bool = True
 ) -> Tensor | None:
-    """Scale, softcap and temperature in place. Returns the slope ∂z/∂(raw logit) where it is not constant."""
+    """
+    Scale, softcap and temperature (a number, or one of each row, `(n, 1)`) in place. Returns the slope
+    ∂z/∂(raw logit) where a softcap makes it differ by entry.
+    """
     if softcap is None:
-        if scale != temperature:
-            logits *= scale / temperature
+        divide(logits, scale, temperature)
         return None
     logits.mul_(scale / softcap).tanh_()
-    slope = logits.square().neg_().add_(1).mul_(scale / temperature) if need_slope else None
-    logits *= softcap / temperature
+    slope = divide(logits.square().neg_().add_(1), scale, temperature) if need_slope else None
+    divide(logits, softcap, temperature)
     return slope
+
+
+def divide(x: Tensor, scale: float, temperature: float | Tensor) -> Tensor:
+    """`x` (n, V) times `scale / temperature` in place."""
+    if isinstance(temperature, Tensor):
+        # (`scale / temperature` of a tensor multiplies with a rounded reciprocal)
+        return x.mul_((torch.full_like(temperature, scale) / temperature).to(x.dtype))
+    return x if scale == temperature else x.mul_(scale / temperature)

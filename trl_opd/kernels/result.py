@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """What the fused divergence returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,12 +17,18 @@ class FusedDivergence:
     `mixture="loss_sum"` the weighted means of each teacher's own (that of log-probs is the geometric mixture's up to
     its normaliser).
 
+    With `mixture="affine"` or `"contrast"` what is said of the teacher (both KLs, `teacher_entropy`,
+    `teacher_logprobs`, `teacher_logsumexp`, `overlap`, `further`) is that of the first teacher, whose units users know
+    and on whose entropy gates depend; `divergence` alone is from the target.
+
     Args:
         loss (`torch.Tensor`):
-            Scalar Σ weight · divergence, differentiable in the student's hidden states, weight and bias.
+            Scalar Σ token_weights · weights · divergence, differentiable in the student's hidden states, weight and
+            bias.
         divergence (`torch.Tensor` or `None`):
-            Value per token, on the support asked for. With `backend="liger"` this and all that follow except `rows`
-            are `None`: Liger returns the scalar only, and projecting again for metrics would cost what it saves.
+            Value per token, on the support asked for; with `mixture="contrast"` divided by `target_coef`. With
+            `backend="liger"` this and all that follow except `rows` are `None`: Liger returns the scalar only, and
+            projecting again for metrics would cost what it saves.
         forward_kl (`torch.Tensor`), reverse_kl (`torch.Tensor`):
             KL(teacher‖student) and KL(student‖teacher) per token, whatever the divergence. Over the whole vocabulary
             with a dense teacher; with a top-k teacher over its support and one bucket for the rest (a lower bound).
@@ -37,6 +43,10 @@ class FusedDivergence:
             arithmetic mixture has the normaliser of its first teacher, a geometric one that of the mean logits.
         rows (`torch.Tensor`):
             Boolean mask of the rows that were projected. Like all of these, where the student's head is.
+        target_coef (`torch.Tensor` or `None`):
+            The coefficient w of `mixture="contrast"`, by which the divergence from its target has been divided.
+        further (`dict[str, torch.Tensor]`): The `statistics` asked for, by name.
+        weights (`torch.Tensor` or `None`): What `token_weighting` returned.
     """
 
     loss: Tensor
@@ -51,28 +61,17 @@ class FusedDivergence:
     student_logsumexp: Tensor | None
     teacher_logsumexp: Tensor | None
     rows: Tensor
+    target_coef: Tensor | None = None
+    further: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
 
 def make_result(
     loss: Tensor, stats: Tensor | None, per_token: dict[str, Tensor], rows: Rows, problem: Problem
 ) -> FusedDivergence:
-    missing = set(STATS) if stats is None else set()
-    if problem.target_ids is None:
-        missing |= {"student_logprobs", "teacher_logprobs"}
-    if not problem.all_dense:
-        missing |= {"teacher_logprobs", "teacher_logsumexp"}
-    if not problem.overlap_top_k:
-        missing.add("overlap")
-    if not problem.has_teacher:
-        missing |= {"forward_kl", "reverse_kl", "teacher_entropy"}
-
-    def spread(name: str, value: Tensor) -> Tensor | None:
-        return None if name in missing else rows.spread(value)
-
-    if not problem.has_teacher:
-        missing.add("divergence")
-
-    values: dict[str, Tensor | None] = dict.fromkeys(STATS)
+    values: dict[str, Tensor] = {}
     if stats is not None:
-        values = {name: spread(name, per_token.get(name, stats[i])) for i, name in enumerate(STATS)}
-    return FusedDivergence(loss=loss, rows=rows.mask, **values)
+        found = dict(zip(problem.stat_names, stats, strict=True)) | per_token
+        values = {name: rows.spread(found[name]) for name in problem.known}
+    further = {name: values.pop(name) for name in problem.further if name in values}
+    return FusedDivergence(loss=loss, rows=rows.mask, further=further, **(dict.fromkeys(STATS) | values))

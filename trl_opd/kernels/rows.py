@@ -15,18 +15,21 @@ Shapes: n rows, V vocabulary.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..losses import adaptive_kl_weight
+from ..resolve import mixture_components
 from .vocab_parallel import VocabShard
 
 # Beyond this log-ratio one of the two probabilities is zero to working precision
 _MAX_LOG_RATIO = 50.0
 # Below this value (nats) the textbook KL has lost digits to cancellation and is computed again by `expm1`
 _SMALL_KL = 0.05
+# Log-probs below this are those of logits of -inf, which `normalize` makes finite
+_ABSENT = -1e29
 
 
 class Rows(NamedTuple):
@@ -174,11 +177,11 @@ def _skew_forward_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
     return value, Gradient(a, total)
 
 
-def _skew_reverse_kl(r: Rows, skew: float) -> tuple[Tensor, Gradient]:
+def _skew_reverse_kl(r: Rows, skew: float, detached: float) -> tuple[Tensor, Gradient]:
     d, u = _log_mixture_ratio(r, 1 - skew)
     mixture = torch.lerp(r.teacher_probs, r.student_probs, skew)
     terms = kl_terms(r.student_probs, mixture, u)
-    a = r.student_probs * d.sub_(u).expm1_().mul_(1 - skew).sub_(u)
+    a = r.student_probs * (u.neg_() if detached else d.sub_(u).expm1_().mul_(1 - skew).sub_(u))
     value, total = r.shard.sum(terms.sum(-1), a.sum(-1))
     return value, Gradient(a, total)
 
@@ -236,6 +239,44 @@ def _adaptive_kl(r: Rows, head_mass: float) -> tuple[Tensor, Gradient]:
     return weight * r.forward_kl + rest * r.reverse_kl, Gradient(forward.add_(reverse), None)
 
 
+def _concrete_score(r: Rows, first: str, second: str) -> tuple[Tensor, Gradient]:
+    w, w2 = _entry_weights(r, first), _entry_weights(r, second)
+    mean, mean2 = r.shard.sum(row_dot(w, r.gap), row_dot(w2, r.gap))
+    centred = r.gap - mean2[:, None]
+    # ½ Σ (w + w') (Δ − Σ w' Δ)²; an absent entry's Δ is 1e30, whose square must not meet a weight of 0
+    (value,) = r.shard.sum(row_dot((w + w2).mul_(centred), centred).mul_(0.5))
+    a = w2 * (r.gap - mean[:, None])
+    return value, Gradient(a.addcmul_(w, centred), None)
+
+
+def _entry_weights(r: Rows, weighting: str) -> Tensor:
+    """`(n, V)`, of sum 1 over the whole vocabulary."""
+    if weighting == "uniform":  # over the entries that either model has
+        present = torch.maximum(r.student_logprobs, r.teacher_logprobs) > _ABSENT
+        (count,) = r.shard.sum(present.sum(-1).to(r.gap.dtype))
+        return present / count[:, None]
+    return r.student_probs if weighting == "student" else r.teacher_probs
+
+
+def _entropy_gated_kl(r: Rows, threshold: float, coef: float) -> tuple[Tensor, Gradient]:
+    (certainty,) = r.shard.sum(row_dot(r.teacher_probs, r.teacher_logprobs))
+    weight = (-certainty > threshold).to(r.gap.dtype).mul_(coef)
+    a = (r.student_probs - r.teacher_probs).mul_(weight[:, None]).addcmul_(r.student_probs, r.gap)
+    return r.reverse_kl + weight * r.forward_kl, Gradient(a, r.mean_gap)
+
+
+def _convex_mix(r: Rows, **components: dict[str, Any]) -> tuple[Tensor, Gradient]:
+    value, total = torch.zeros_like(r.reverse_kl), torch.zeros_like(r.reverse_kl)
+    a = torch.zeros_like(r.gap)
+    for name, weight, params in mixture_components(components):
+        part, gradient = CORES[name](r, **params)
+        value.add_(part, alpha=weight)
+        a.add_(gradient.a, alpha=weight)
+        if gradient.total is not None:
+            total.add_(gradient.total, alpha=weight)
+    return value, Gradient(a, total)
+
+
 CORES: Mapping[str, Core] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -247,7 +288,14 @@ CORES: Mapping[str, Core] = {
     "alpha_beta_divergence": _alpha_beta_divergence,
     "todi": _todi,
     "adaptive_kl": _adaptive_kl,
+    "concrete_score": _concrete_score,
+    "entropy_gated_kl": _entropy_gated_kl,
+    "convex_mix": _convex_mix,
 }
+
+
+# Divergences of which the Triton kernels have no core: over the full vocabulary PyTorch computes them everywhere
+TORCH_ONLY = ("convex_mix",)
 
 
 def logit_gradient(rows: Rows, gradient: Gradient, out: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Shapes: n rows, V what this process holds of the vocabulary, K support. Ids are 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,14 +169,14 @@ def _with_bucket(logprobs: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([logprobs, rest.log().unsqueeze(-1)], dim=-1)
 
 
-def support_divergence(support: Support, divergence: str, params: dict[str, float], tail: str) -> SupportResult:
+def support_divergence(support: Support, divergence: str, params: dict[str, Any], tail: str) -> SupportResult:
     """
     A divergence on a support, and its gradient in the student's logits.
 
     Args:
         support ([`Support`]): Both distributions on the support.
         divergence (`str`): A resolved name (see `trl_opd.losses.resolve_divergence`).
-        params (`dict[str, float]`): Its parameters.
+        params (`dict[str, Any]`): Its parameters.
         tail (`str`): `"bucket"`, `"renormalize"` or `"none"`.
 
     Returns:

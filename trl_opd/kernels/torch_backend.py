@@ -5,12 +5,17 @@ A chunk of rows in PyTorch: statistics, and the gradient in the logits' place, a
 Shapes: n rows of the chunk, V vocabulary, K support.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .problem import STATS, Problem, Upstream
-from .projection import shape_logits
-from .rows import CORES, Normalized, logit_gradient, make_rows, normalize, row_dot
+from .members import ContrastTarget
+from .mixtures import affine_logits, contrast_logits
+from .problem import Problem, Upstream
+from .projection import divide, shape_logits
+from .rows import CORES, Normalized, Rows, logit_gradient, make_rows, normalize, row_dot
+from .statistics import Listed, further_statistics
 from .supports import (
     Support,
     dense_support,
@@ -30,22 +35,24 @@ class TorchRows:
 
     Args:
         problem ([`Problem`]): The call.
-        stats (`torch.Tensor`): `(len(STATS), N)`, written row by row.
+        stats (`torch.Tensor`): `(len(problem.stat_names), N)`, written row by row.
     """
 
     def __init__(self, problem: Problem, stats: Tensor):
         self.p, self.stats, self.dtype = problem, stats, stats.dtype
+        self.row_of = {name: i for i, name in enumerate(problem.stat_names)}
 
     def run(
         self,
         logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher_logits: Sequence[Tensor],
         gradient: Tensor | None,
         sl: slice,
         upstream: Upstream | None,
     ) -> Tensor | None:
         """
-        Statistics of the rows `sl` from their logits `(n, V)`, which are overwritten; if asked for, their gradient.
+        Statistics of the rows `sl` from the logits `(n, V)` of the student and the dense teachers, which are
+        overwritten; if asked for, their gradient.
 
         Returns the weights of the rows where `gradient` still lacks them.
         """
@@ -54,7 +61,7 @@ class TorchRows:
             rows = slice(i, min(i + block, logits.shape[0]))
             self._block(
                 logits[rows],
-                None if teacher_logits is None else teacher_logits[rows],
+                [x[rows] for x in teacher_logits],
                 slice(sl.start + rows.start, sl.start + rows.stop),
                 gradient is not None,
                 upstream,
@@ -72,20 +79,24 @@ class TorchRows:
         return max(1, _CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
 
     def _block(
-        self, logits: Tensor, teacher_logits: Tensor | None, sl: slice, need_grad: bool, upstream: Upstream | None
+        self, logits: Tensor, teacher_logits: Sequence[Tensor], sl: slice, need_grad: bool, upstream: Upstream | None
     ) -> None:
         """Statistics of the rows `sl`; the gradient of their divergence (or of `upstream`) overwrites `logits`."""
-        p = self.p
-        slope = shape_logits(logits, p.student_logit_scale, p.student_softcap, p.temperature)
-        if teacher_logits is not None:
-            assert p.teacher is not None
-            shape_logits(teacher_logits, p.teacher.logit_scale, p.teacher.softcap, p.temperature, need_slope=False)
-            student, teacher = normalize(p.shard, logits, teacher_logits)
-            self._dense(student, teacher, sl, logits)
+        p, temperature = self.p, self.p.temperature_at(sl)
+        slope = shape_logits(logits, p.student_logit_scale, p.student_softcap, temperature)
+        # A backward pass has no use for statistics that the divergence does not need
+        wants_stats = upstream is None
+        if teacher_logits:
+            student = self._beside_teachers(logits, teacher_logits, sl, wants_stats)
         else:
             (student,) = normalize(p.shard, logits)
+            support = None
             if p.topk is not None:
-                self._sparse(student, sl, logits)
+                support = sparse_support(student, p.topk[0][sl], p.topk[1][sl], p.shard)
+            if wants_stats:
+                self._further(Listed.of(student.logprobs, support, p.shard), sl)
+            if support is not None:
+                self._sparse(support, student, sl, logits)
         logprobs, probs = student.logprobs, student.probs
         entropy = -row_dot(probs, logprobs)
         self._set("student_entropy", sl, entropy)
@@ -98,12 +109,32 @@ class TorchRows:
             self._apply_upstream(logits, probs, logprobs, entropy, sl, upstream)
         if slope is not None:
             logits *= slope
-        elif p.student_logit_scale != p.temperature:
-            logits *= p.student_logit_scale / p.temperature
+        else:
+            divide(logits, p.student_logit_scale, temperature)
 
-    def _dense(self, student: Normalized, teacher: Normalized, sl: slice, grad: Tensor) -> None:
+    def _beside_teachers(
+        self, logits: Tensor, teacher_logits: Sequence[Tensor], sl: slice, wants_stats: bool
+    ) -> Normalized:
+        """The student's distribution from final logits, after it has been compared with what is aimed at."""
         p = self.p
-        rows = make_rows(student, teacher, p.shard)
+        if not p.teacher_is_final:
+            for member, z in zip(p.members, teacher_logits, strict=True):
+                assert member.head is not None
+                shape_logits(z, member.head.logit_scale, member.head.softcap, p.temperature_at(sl), need_slope=False)
+        student, teacher = normalize(p.shard, logits, teacher_logits[0])
+        if p.target is None:
+            rows = make_rows(student, teacher, p.shard)
+            self._teacher_stats(rows, student, teacher, sl, wants_stats)
+            self._dense(rows, student, teacher, sl, logits)
+            return student
+        if wants_stats:
+            self._teacher_stats(make_rows(student, teacher, p.shard), student, teacher, sl, wants_stats)
+        self._towards_target(student, teacher, teacher_logits[1:], sl, logits)
+        return student
+
+    def _teacher_stats(self, rows: Rows, student: Normalized, teacher: Normalized, sl: slice, further: bool) -> None:
+        """What is said about the teacher, whatever is aimed at."""
+        p = self.p
         self._set("forward_kl", sl, rows.forward_kl)
         self._set("reverse_kl", sl, rows.reverse_kl)
         self._set("teacher_entropy", sl, -row_dot(rows.teacher_probs, rows.teacher_logprobs))
@@ -115,6 +146,39 @@ class TorchRows:
             (values, _), (_, ids) = p.shard.top_k(student.logprobs, teacher.logprobs, k=k)
             (found,) = p.shard.sum(p.shard.at(student.logprobs, ids))
             self._set("overlap", sl, overlap_share(values, found))
+        if further:
+            self._further(rows, sl)
+
+    def _further(self, known: Rows | Listed, sl: slice) -> None:
+        for name, value in further_statistics(
+            self.p.further, known, None if self.p.target_ids is None else self.p.target_ids[sl]
+        ).items():
+            self._set(name, sl, value)
+
+    def _towards_target(
+        self, student: Normalized, teacher: Normalized, others: Sequence[Tensor], sl: slice, grad: Tensor
+    ) -> None:
+        """Divergence from the target that the final logits of the first teacher, the others and the student make."""
+        p = self.p
+        if isinstance(p.target, ContrastTarget):
+            (other,) = normalize(p.shard, *others)
+            logits, coef = contrast_logits(
+                p.target, (teacher.logits, other.logits), (teacher.probs, other.probs), p.shard
+            )
+        else:
+            assert p.target is not None
+            others = [x.clamp_(min=-1e30) for x in others]
+            logits, coef = affine_logits(p.target, [teacher.logits, *others, student.logits], sl), None
+        (target,) = normalize(p.shard, logits)
+        self._dense(make_rows(student, target, p.shard), student, target, sl, grad)
+        if coef is not None:
+            self._set("target_coef", sl, coef)
+            self.stats[self.row_of["divergence"], sl] /= coef
+            grad /= coef[:, None]
+
+    def _dense(self, rows: Rows, student: Normalized, teacher: Normalized, sl: slice, grad: Tensor) -> None:
+        """Divergence and gradient of two distributions of the whole vocabulary."""
+        p = self.p
         if p.support == "full":
             value, gradient = CORES[p.divergence](rows, **p.params)
             self._set("divergence", sl, value)
@@ -124,10 +188,8 @@ class TorchRows:
         support = dense_support(student, teacher, ids, p.shard, complete=p.support_size >= p.shard.total)
         self._on_support(support, student.probs, sl, grad, stats=False)
 
-    def _sparse(self, student: Normalized, sl: slice, grad: Tensor) -> None:
+    def _sparse(self, support: Support, student: Normalized, sl: slice, grad: Tensor) -> None:
         p = self.p
-        assert p.topk is not None
-        support = sparse_support(student, p.topk[0][sl], p.topk[1][sl], p.shard)
         if p.overlap_top_k:
             k = min(p.overlap_top_k, support.ids.shape[1], p.shard.total)
             top = support.teacher_logprobs.topk(k, dim=-1).indices
@@ -165,4 +227,4 @@ class TorchRows:
 
     def _set(self, name: str, sl: slice, value: Tensor) -> None:
         # A student that puts mass where the teacher has none has an infinite KL; the rows carry it as 1e30
-        self.stats[STATS.index(name), sl] = torch.where(value > 1e20, torch.inf, value).to(self.dtype)
+        self.stats[self.row_of[name], sl] = torch.where(value > 1e20, torch.inf, value).to(self.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import triton_rows as kernels
 from .problem import ROOM, STATS, Problem, Upstream
 from .supports import Support, known_teacher, overlap_share, scatter_valid, select_ids, support_divergence
-from .triton_cores import CENTRED, PARAMETERS
+from .triton_cores import CENTRED, parameters
 
 _INTERPRET: bool = triton.knobs.runtime.interpret  # read once, as `triton.jit` does
 _LOWEST = -1e30
@@ -123,9 +123,14 @@ class TritonRows:
         self.p, self.logits, self.teacher_logits, self.sl = p, logits, teacher_logits, sl
         self.stats, self.gradient = stats, gradient
         self.row_of = {name: i for i, name in enumerate(STATS)}
-        self.shaping = _Shaping.of(p.student_logit_scale, p.student_softcap, p.temperature, biases[0])
+        assert isinstance(p.temperature, float)  # `dispatch._torch_only` has seen to it
+        temperature = p.temperature
+        self.shaping = _Shaping.of(p.student_logit_scale, p.student_softcap, temperature, biases[0])
         if p.teacher is not None:
-            self.teacher_shaping = _Shaping.of(p.teacher.logit_scale, p.teacher.softcap, p.temperature, biases[1])
+            head = p.teacher
+            self.teacher_shaping = _Shaping.of(head.logit_scale, head.softcap, temperature, biases[1])
+            if p.teacher_is_final:
+                self.teacher_shaping = _Shaping(1.0, 1.0, 1.0, None, False)
         self.targets = None if p.target_ids is None else p.target_ids[sl].contiguous()
         if upstream is None:
             self.weight = None if p.weights is None else p.weights[sl].float().contiguous()
@@ -155,8 +160,7 @@ class TritonRows:
         assert teacher_logits is not None
         norms = logits.new_empty(4, logits.shape[0])
         student, teacher = self.shaping, self.teacher_shaping
-        parameters = [p.params[name] for name in PARAMETERS.get(divergence, ())] if divergence == p.divergence else []
-        p0, p1 = (*parameters, 0.0, 0.0)[:2]
+        p0, p1 = parameters(divergence, p.params) if divergence == p.divergence else (0.0, 0.0)
         upstream = self.logprob_weight is not None
         top_k = min(p.overlap_top_k, p.vocab_size)
         sum_of_a = divergence not in CENTRED or upstream

@@ -9,11 +9,16 @@ divergence: a branch in [`core`], its parameters in `trl_opd.losses`, and for CP
 fp32 throughout. `gap` is log s − log t, `distance` s − t. Where a probability is zero its logarithm is −1e30.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..resolve import WEIGHTINGS
+
 # Divergences whose `a` sums to zero as returned, so that value and gradient leave in one pass
-CENTRED = ("forward_kl", "reverse_kl", "adaptive_kl")
+CENTRED = ("forward_kl", "reverse_kl", "adaptive_kl", "concrete_score", "entropy_gated_kl")
 
 
 @triton.jit
@@ -89,14 +94,35 @@ def log_mixture(r, weight):
 
 
 @triton.jit
+def weight_of(weighting, s, t, uniform):
+    """The weights of entries that the number of one of `WEIGHTINGS` stands for."""
+    return tl.where(weighting == 0, s, tl.where(weighting == 1, t, uniform))
+
+
+@triton.jit
 def core(
-    DIVERGENCE: tl.constexpr, s, t, log_s, log_t, gap, distance, centred_gap, forward, reverse, forward_weight, p0, p1
+    DIVERGENCE: tl.constexpr,
+    s,
+    t,
+    log_s,
+    log_t,
+    gap,
+    distance,
+    centred_gap,
+    forward,
+    reverse,
+    uniform,
+    row0,
+    row1,
+    p0,
+    p1,
 ):
     """
     (φ, a) of each entry.
 
-    `centred_gap` is gap − E_s[gap]; `forward` and `reverse` are the KL terms; `forward_weight` is the row's share of
-    the forward KL in the adaptive KL; `p0` and `p1` are the divergence's parameters in the order of `PARAMETERS`.
+    `centred_gap` is gap − E_s[gap]; `forward` and `reverse` are the KL terms; `uniform` are uniform weights. `row0`
+    and `row1` are known of the row before: the weight of the forward KL in the adaptive and the entropy-gated KL, the
+    means of `gap` under the two weights of the concrete score. `p0` and `p1` are [`parameters`].
     """
     r = clamp(-gap, -80.0, 80.0)  # log t/s, beyond which one of the two is zero to working precision
     near = tl.abs(r) < 0.5
@@ -107,8 +133,18 @@ def core(
         value = reverse
         a = s * centred_gap
     elif DIVERGENCE == "adaptive_kl":
-        value = forward_weight * forward + (1.0 - forward_weight) * reverse
-        a = forward_weight * distance + (1.0 - forward_weight) * s * centred_gap
+        value = row0 * forward + (1.0 - row0) * reverse
+        a = row0 * distance + (1.0 - row0) * s * centred_gap
+    elif DIVERGENCE == "entropy_gated_kl":
+        value = row0 * forward + reverse
+        a = row0 * distance + s * centred_gap
+    elif DIVERGENCE == "concrete_score":
+        # `gap` is 1e30 where the teacher lacks an entry: its square must not meet a weight of 0, nor E_s[gap] the rest
+        first = weight_of(p0, s, t, uniform)
+        second = weight_of(p1, s, t, uniform)
+        away = gap - row1
+        value = 0.5 * ((first + second) * away) * away
+        a = first * away + second * (gap - row0)
     elif DIVERGENCE == "generalized_jsd":
         # β t (r − u) − (1 − β) s u; near 0 with β r taken out of u, and s (t/s − 1) known as −distance
         u, beyond = log_mixture(r, p0)
@@ -121,11 +157,11 @@ def core(
         value = tl.where(near, -rest * (distance * r + reverse) - t * beyond, rest * distance - t * (u - r))
         a = rest * rest * distance * tl.exp(-u)
     elif DIVERGENCE == "skew_reverse_kl":
-        # s (expm1(u) − u); a = −s u + (1 − λ) (s t/m − s)
+        # s (expm1(u) − u); a = −s u + (1 − λ) (s t/m − s), of which a frozen mixture leaves the first
         u, beyond = log_mixture(r, 1.0 - p0)
         rest = 1.0 - p0
         value = tl.where(near, rest * reverse - s * beyond, -rest * distance - s * u)
-        a = -s * u - rest * p0 * distance * tl.exp(-u)
+        a = tl.where(p1 == 0, -s * u - rest * p0 * distance * tl.exp(-u), -s * u)
     elif DIVERGENCE == "total_variation":
         value = 0.5 * tl.abs(distance)
         a = s * tl.where(distance > 0, 0.5, tl.where(distance < 0, -0.5, distance))  # a NaN stays one
@@ -155,9 +191,19 @@ def core(
 PARAMETERS = {
     "generalized_jsd": ("beta",),
     "skew_forward_kl": ("skew",),
-    "skew_reverse_kl": ("skew",),
+    "skew_reverse_kl": ("skew", "detached"),
     "alpha_divergence": ("alpha",),
     "alpha_beta_divergence": ("alpha", "beta"),
     "todi": ("scale",),
     "adaptive_kl": ("head_mass",),
+    "concrete_score": ("first", "second"),
+    "entropy_gated_kl": ("threshold", "coef"),
 }
+
+
+def parameters(divergence: str, params: Mapping[str, Any]) -> tuple[float, float]:
+    """`p0` and `p1` of [`core`]: the divergence's parameters in the order of `PARAMETERS`, a name by its number."""
+    values = [params[name] for name in PARAMETERS.get(divergence, ())]
+    numbers = [WEIGHTINGS.index(x) if isinstance(x, str) else x for x in values]
+    p0, p1 = (*numbers, 0.0, 0.0)[:2]
+    return float(p0), float(p1)

@@ -3,9 +3,9 @@
 Triton kernels over the rows of a chunk of fp32 logits: statistics, divergence and gradient, one program a row.
 
 `dense_kernel` reads both models' logits twice: once for the normalisers, once for value, statistics and gradient
-(three times where the gradient needs the row sum of `a`, see `triton_cores`). `partial_kernel` and `softmax_kernel`
-are the same two passes for one model alone, around the small problem of a top-k support. `triton_backend` launches
-them.
+(three times where the gradient needs the row sum of `a`, see `triton_cores`; the adaptive and the gated KL and the
+concrete score look at them more often). `partial_kernel` and `softmax_kernel` are the same two passes for one model
+alone, around the small problem of a top-k support. `triton_backend` launches them.
 
 Shapes: n rows, V vocabulary. Rows have room up to a multiple of 64 columns, where anything may stand. A scalar per row
 is stored at `ptr + index * stride + row`.
@@ -14,10 +14,11 @@ is stored at `ptr + index * stride + row`.
 import triton
 import triton.language as tl
 
-from .triton_cores import core, kl_terms, tanh
+from .triton_cores import core, kl_terms, tanh, weight_of
 from .triton_search import LOWEST, adaptive_weight, load_logits, top_threshold
 
 _INFINITE = tl.constexpr(1e20)  # a sum that met LOWEST
+_ABSENT = tl.constexpr(-1e29)  # a logit below is LOWEST
 
 
 @triton.jit
@@ -65,6 +66,44 @@ def _log_prob(row_ptr, target, maximum, log_sum):
 @triton.jit
 def _finite_or_inf(x):
     return tl.where(x > _INFINITE, float("inf"), x)
+
+
+@triton.jit
+def _entropy(logits_row, maximum, log_sum, vocab_size, width, BLOCK: tl.constexpr):
+    entropy = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        logprob = (load_logits(logits_row, cols, vocab_size, width) - maximum) - log_sum
+        entropy -= tl.where(cols < vocab_size, tl.exp(logprob), 0.0) * logprob
+    return tl.sum(entropy, 0)
+
+
+@triton.jit
+def _means(
+    student_row, teacher_row, s_max, s_log, t_max, t_log, shift, p0, p1, vocab_size, width, BLOCK: tl.constexpr
+):
+    """Means of log s − log t under the concrete score's two weights, and the uniform weight."""
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zs = load_logits(student_row, cols, vocab_size, width)
+        zt = load_logits(teacher_row, cols, vocab_size, width)
+        count += tl.where(tl.maximum(zs, zt) > _ABSENT, 1.0, 0.0)
+    share = 1.0 / tl.sum(count, 0)
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        valid = cols < vocab_size
+        zs = load_logits(student_row, cols, vocab_size, width)
+        zt = load_logits(teacher_row, cols, vocab_size, width)
+        s = tl.where(valid, tl.exp((zs - s_max) - s_log), 0.0)
+        t = tl.where(valid, tl.exp((zt - t_max) - t_log), 0.0)
+        uniform = tl.where(tl.maximum(zs, zt) > _ABSENT, share, 0.0)
+        gap = (zs - zt) - shift
+        first += weight_of(p0, s, t, uniform) * gap
+        second += weight_of(p1, s, t, uniform) * gap
+    return tl.sum(first, 0), tl.sum(second, 0), share
 
 
 @triton.jit(do_not_specialize=["stats_stride", "norms_stride", "top_k"])
@@ -170,10 +209,18 @@ def dense_kernel(
     if OVERLAP:
         s_threshold = top_threshold(student_row, s_top, top_k, vocab_size, width, BLOCK)
         t_threshold = top_threshold(teacher_row, t_top, top_k, vocab_size, width, BLOCK)
-    forward_weight = 0.5
+    row0 = 0.0
+    row1 = 0.0
+    share = 0.0  # of each entry that either model has, in uniform weights
     if DIVERGENCE == "adaptive_kl":
-        forward_weight = adaptive_weight(
+        row0 = adaptive_weight(
             student_row, teacher_row, s_max, s_log, t_max, t_log, shift, p0, vocab_size, width, BLOCK
+        )
+    elif DIVERGENCE == "entropy_gated_kl":
+        row0 = tl.where(_entropy(teacher_row, t_max, t_log, vocab_size, width, BLOCK) > p0, p1, 0.0)
+    elif DIVERGENCE == "concrete_score":
+        row0, row1, share = _means(
+            student_row, teacher_row, s_max, s_log, t_max, t_log, shift, p0, p1, vocab_size, width, BLOCK
         )
     weight = tl.load(weight_ptr + row) if WEIGHT else 1.0
 
@@ -197,8 +244,11 @@ def dense_kernel(
         x = zs - zt
         gap = x - shift
         forward, reverse, distance = kl_terms(s, t, gap)
+        uniform = 0.0
+        if DIVERGENCE == "concrete_score":
+            uniform = tl.where(tl.maximum(zs, zt) > _ABSENT, share, 0.0)
         value, a = core(
-            DIVERGENCE, s, t, log_s, log_t, gap, distance, x - mean, forward, reverse, forward_weight, p0, p1
+            DIVERGENCE, s, t, log_s, log_t, gap, distance, x - mean, forward, reverse, uniform, row0, row1, p0, p1
         )
         if DIVERGENCE == "alpha_beta_divergence":  # a negative power of zero is not finite
             value = tl.where(valid, value, 0.0)

@@ -78,7 +78,7 @@ def check_answer(
             value = torch.where(keep, value, torch.arange(value.shape[-1], device=value.device))
         else:
             value = value.masked_fill(~keep, 0.0 if key != "topk_logprobs" else -math.log(2 * value.shape[-1]))
-        if key != "hidden_states":
+        if key != "hidden_states" and (scores.normalized or key != "sampled_logprobs"):
             _check_values(name, key, value, vocab_size)
         setattr(scores, key, value)
     if (scores.topk_ids is None) != (scores.topk_logprobs is None):
