@@ -292,6 +292,18 @@ def test_local_weights_are_applied_before_the_gradient(tmp_path, accumulation):
     assert step.loss.item() == pytest.approx(by_hand(step, values, teacher()).item(), rel=1e-6)
 
 
+def test_weights_of_the_rollout_alone_enter_the_reduction(tmp_path):
+    step = take_step(tmp_path, teacher=teacher(), token_weighting={"prefix": {"length": 2}})
+    assert not step.trainer.objective.per_token
+
+    def values(s, inputs, t):
+        first = torch.arange(s.shape[1]) < 2
+        return first.double() * reverse_kl(s, t)
+
+    check(step, values, teacher())
+    assert 0 < step.logs["distill/weighted_share"] < 1
+
+
 def test_global_weights_take_the_values_per_token(tmp_path):
     step = take_step(tmp_path, teacher=teacher(), token_weighting={"entropy_top": {"fraction": 0.5}})
     assert step.trainer.objective.per_token
@@ -512,7 +524,7 @@ def test_adaptive_temperatures_follow_the_hellinger_distance(tmp_path):
         mask = loss_mask(inputs).bool()
         h = (0.5 * ((0.5 * s).exp() - (0.5 * t).exp()).square().sum(-1)).sqrt().detach()
         tau = (-0.5 * torch.tanh((h / h[mask].median()).log())).exp()[..., None]
-        return reverse_kl(normalized(s / tau), normalized(t / tau))
+        return tau[..., 0].square() * reverse_kl(normalized(s / tau), normalized(t / tau))
 
     check(step, values, teacher())
 

@@ -275,10 +275,20 @@ def test_what_a_function_is_told(tmp_path):
 
     trainer = make_trainer(tmp_path, {"distill_coef": function}, max_steps=3)
     trainer.train()
-    losses, last = logged(trainer, "loss"), seen[-1]
+    losses, terms, last = logged(trainer, "loss"), logged(trainer, "distill/loss"), seen[-1]
     assert last.metrics["distill/reverse_kl"] == logged(trainer, "distill/reverse_kl")[1]
 
-    trainer = make_trainer(tmp_path, {"distill_coef": function}, max_steps=3, logging_steps=3)
+    # What is followed is of the last step, whatever the log line before it was a mean of
+    follows = {
+        "type": "entropy_gated",
+        "metric": "distill/loss",
+        "threshold": 0,
+        "start": 1,
+        "change": 1,
+        "maximum": 9,
+    }
+    schedules = {"distill_coef": function, "epsilon": follows}
+    trainer = make_trainer(tmp_path, schedules, max_steps=3, logging_steps=2)
     seen.clear()
     trainer.train()
     assert [s.step for s in seen] == [0, 1, 2]
@@ -286,6 +296,7 @@ def test_what_a_function_is_told(tmp_path):
     assert [s.value for s in seen] == [1.0, 1.0, 2.0]
     assert seen[0].metrics == {}
     assert seen[0].loss is None
+    assert [s.metrics["distill/loss"] for s in seen[1:]] == pytest.approx(terms[:2], rel=1e-9)
     assert [s.loss for s in seen[1:]] == pytest.approx(losses[:2], rel=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Weights of tokens against their formulas in plain Python, their identities, and their bad inputs."""
 
-import json
 import math
 import statistics
 from dataclasses import fields
@@ -11,7 +10,6 @@ from textbook import total_variation
 
 from trl_opd.token_weights import (
     TOKEN_WEIGHTINGS,
-    AdaptiveFraction,
     TokenStats,
     adakd_temperatures,
     release_point,
@@ -252,30 +250,6 @@ def test_adakd_temperatures():
     # Most tokens agree exactly, one does not: finite, at the bound
     one = torch.zeros(B, T, dtype=torch.float64).index_fill(1, torch.tensor([1]), 0.5)
     assert adakd_temperatures(one, torch.ones_like(mask), 0.5).unique().tolist() == [math.exp(-0.5), 1.0]
-
-
-def test_adaptive_fraction_follows_the_loss():
-    kwargs = {"decay": 0.75, "tolerance": 0.1, "rate": 0.2, "warmup": 0.1, "minimum": 0.7}
-    latf = AdaptiveFraction(**kwargs)
-    # loss, progress, then the fraction, the moving average and what it is compared with
-    history = [
-        (8.0, 0.0, 1.0, 8.0, None),
-        (8.0, 0.1, 1.0, 8.0, None),
-        (4.0, 0.2, 1.0, 7.0, 7.0),  # the warm-up is over
-        (5.0, 0.3, 1.0, 6.5, 7.0),  # within 10 %
-        (2.5, 0.4, 0.8, 5.5, 5.5),
-        (5.5, 0.5, 0.8, 5.5, 5.5),
-        (0.5, 0.6, 0.7, 4.25, 4.25),  # 0.64 is below the minimum
-        (8.25, 0.7, 0.84, 5.25, 5.25),
-        (5.25, 0.8, 0.84, 5.25, 5.25),
-        (9.25, 0.9, 1.0, 6.25, 6.25),  # 1.008 is above 1
-    ]
-    for loss, progress, fraction, average, reference in history:
-        assert latf.update(loss, progress) == pytest.approx(fraction)
-        state = json.loads(json.dumps(latf.state_dict()))
-        assert state == {"fraction": latf.fraction, "average": average, "reference": reference}
-        latf = AdaptiveFraction(**kwargs)
-        latf.load_state_dict(state)
 
 
 POSITIONS = {

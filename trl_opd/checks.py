@@ -8,7 +8,7 @@ from typing import Any
 from .config import OnPolicyDistillConfig
 from .preflight import check_dataset, check_masked_tokens, check_mix, check_peft, check_sources, check_student
 from .recipes import check_needs
-from .rollout_checks import check_rollout_columns, check_rollout_sources
+from .rollout_checks import check_rollout_columns, check_rollout_sources, samples_student_only
 from .teacher_preflight import check_adapter, check_teacher_columns, check_teacher_fields
 from .teachers import MixtureTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
 from .teachers.target import TargetTeacher
@@ -48,6 +48,7 @@ def check_run(run: Run) -> None:
     check_peft(run.peft_config, run.model)
     check_adapter(teacher, run.model, run.peft_config)
     if teacher is None:
+        _check_plain_grpo(args)
         return
     _check_recipe(run)
     check_rollout_columns(run.datasets["train_dataset"], "train_dataset", args)
@@ -64,6 +65,16 @@ def check_run(run: Run) -> None:
     check_student(run.model)
     check_mix(args, run.has_rewards)
     check_masked_tokens(args, run.model, run.processing_class)
+
+
+def _check_plain_grpo(args: OnPolicyDistillConfig) -> None:
+    """Without a teacher the trainer is GRPOTrainer: a recipe or another source of completions would be ignored."""
+    if args.recipe is not None or not samples_student_only(args):
+        name = "recipe" if args.recipe is not None else "student_fraction or injected_completions"
+        raise ValueError(
+            f"teacher_model must be given with {name}, got none. Without a teacher this is GRPO as it is. Pass "
+            "teacher_model= ('self' costs no second model; distill_coef=0 leaves its loss out)."
+        )
 
 
 def _check_recipe(run: Run) -> None:

@@ -168,8 +168,8 @@ class OnPolicyDistillConfig(GRPOConfig):
             Temperature of both distributions in the divergence. Defaults to `temperature`, at which the student
             samples.
         temperature_adaptation (`float`, *optional*, defaults to `0.0`):
-            c of AdaKD's temperature of each token, exp(−c · tanh(log(h / median h))) with the Hellinger distance h,
-            times that one. It costs a second projection.
+            c of AdaKD's temperature of each token, τ = exp(−c · tanh(log(h / median h))) with the Hellinger distance
+            h, times that one; the token's loss is multiplied by τ². It costs a second projection.
 
         > Parameters that control which tokens count
 

@@ -142,9 +142,9 @@ def distillation_head(
             with torch.no_grad():
                 first = run_all(hidden_states, head, temperature, statistics={"hellinger": None}, per_token_grad=True)
             assert first.hellinger is not None
-            temperature = temperature * adakd_temperatures(
-                first.hellinger, batch.distill_mask, args.temperature_adaptation
-            )
+            factor = adakd_temperatures(first.hellinger, batch.distill_mask, args.temperature_adaptation)
+            temperature = temperature * factor
+            batch.weights = batch.weights * factor.square()  # the gradient has one over it
         output = run_all(hidden_states, head, temperature, statistics=statistics, **last)
         zeros = hidden_states.new_zeros(target_ids.shape, dtype=torch.float32)
         output.log_probs = zeros if output.log_probs is None else output.log_probs

@@ -12,6 +12,7 @@ Fields of the configuration are read anew for every micro-batch: schedules chang
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from .token_weights import (
     ResolvedWeighting,
     TokenStats,
     resolve_token_weighting,
+    rollout_only,
     step_index_from_tool_mask,
     token_weights,
 )
@@ -81,8 +83,11 @@ class Objective:
 
     @property
     def _weighs_locally(self) -> bool:
+        """Whether all weights of tokens are known before the gradient is formed."""
         weightings = resolve_token_weighting(self.args.token_weighting)
-        return all(w.local for w in weightings) and not self._weighs_drift
+        # The op knows the teacher's log-probs of the sampled tokens only if it knows all of its distribution
+        local = all(w.local and "teacher_logprobs" not in w.needs for w in weightings)
+        return (local or rollout_only(weightings)) and not self._weighs_drift
 
     @property
     def _weighs_drift(self) -> bool:
@@ -119,7 +124,7 @@ class Objective:
         if self.args.advantage_signal == "teacher_q":
             statistics["teacher_max_logprob"] = None
         options = {"target": self.target, "statistics": statistics, "per_token_grad": self.per_token}
-        if weightings and not self.per_token:
+        if weightings and not self.per_token and not rollout_only(weightings):
             progress, size = self._progress, self.trainer.shared_vocab_size
 
             def weigh(rows: Mapping[str, Tensor]) -> Tensor:
@@ -147,6 +152,10 @@ class Objective:
         if ratio is not None:
             weights = weights * ratio
         factors = self._factors(inputs)
+        weightings = resolve_token_weighting(args.token_weighting)
+        token_weight = None
+        if weightings and rollout_only(weightings) and not self.per_token:
+            token_weight = token_weights(weightings, self._rollout_stats(inputs, mask))
         # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
         inputs = dict(inputs)
         if trainer.has_rewards:
@@ -158,12 +167,14 @@ class Objective:
                 del inputs["old_per_token_logps"]
         if ratio is not None and args.importance_weighting != "clip":  # this one has the sampler's ratio in it
             inputs["importance_sampling_ratio"] = torch.ones_like(ratio)
+        own = weights if factors is None else weights * factors[:, None]
         return MicroBatch(
             inputs,
             loss_mask,
             mask,
             reduction=weights,
-            weights=weights if factors is None else weights * factors[:, None],
+            weights=_times(own, token_weight),
+            token_weights=token_weight,
             factors=factors,
             scores=inputs.get("teacher_scores"),
             teachers=trainer.teacher_names,
@@ -241,7 +252,7 @@ class Objective:
             weights = self._token_weights(batch, logps, entropies, teacher)
         else:
             weights = None if output is None else output.token_weights
-        batch.token_weights = weights
+        batch.token_weights = batch.token_weights if weights is None else weights
         if self.may_be_empty and self.trainer.model.training:
             total = _times(batch.weights, weights).detach().abs().sum()
             self._weight_sum = total if self._weight_sum is None else self._weight_sum + total
@@ -283,20 +294,24 @@ class Objective:
         return weights
 
     def _stats(self, batch: MicroBatch, logps: Tensor, entropies: Tensor, teacher: Tensor | None) -> TokenStats:
-        inputs = batch.inputs
-        known: dict[str, Any] = {}
+        stats = self._rollout_stats(batch.inputs, batch.distill_mask)
+        known: dict[str, Any] = {"student_logprobs": logps, "student_entropy": entropies}
         if batch.output is not None:
             names = TokenStats.__dataclass_fields__
-            known = {k: v.detach() for k, v in batch.output.items() if k in names and isinstance(v, Tensor)}
-        known |= {"student_logprobs": logps, "student_entropy": entropies}
+            known |= {k: v.detach() for k, v in batch.output.items() if k in names and isinstance(v, Tensor)}
         if teacher is not None:
             known["teacher_logprobs"] = teacher
+        return replace(stats, **known)
+
+    def _rollout_stats(self, inputs: Mapping[str, Any], mask: Tensor) -> TokenStats:
+        """What is known of the tokens before the student's forward."""
+        known: dict[str, Any] = {}
         if "tool_mask" in inputs:
             known["step_index"] = step_index_from_tool_mask(inputs["tool_mask"], inputs["completion_mask"].bool())
         if self.trainer.has_rewards:
-            known["reward_advantages"] = inputs["advantages"][:, None].expand(logps.shape)
+            known["reward_advantages"] = inputs["advantages"][:, None].expand(mask.shape)
         return TokenStats(
-            mask=batch.distill_mask,
+            mask=mask,
             completion_ids=inputs["completion_ids"],
             sampler_logprobs=sampler_logprobs(inputs),
             progress=self._progress,

@@ -256,6 +256,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         super()._set_signature_columns_if_needed()
         if self.teacher is not None:  # what `remove_unused_columns=True` must leave
             columns = [*self._signature_columns, "teacher_prompt", getattr(self.teacher, "column", "teacher")]
+            columns += ["completion", "completion_ids", "pass_rate"]
             self._signature_columns = list(dict.fromkeys(columns))
 
     # Rollouts: GRPO's own, with the teacher's side added to the batch

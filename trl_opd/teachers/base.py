@@ -51,6 +51,8 @@ class Teacher(Protocol):
     - `vocab_size` (`int`): number of ids it knows.
     - `max_length` (`int`): longest prompt and completion that it takes.
     - `members` (`Sequence[Teacher]`): the teachers that it is made of.
+    - `generate(prompt_ids, sampling)`: its completions, for `off_policy_source="teacher"` (see
+      [`teachers.generation`]).
     """
 
     def __call__(self, batch: TeacherBatch) -> "Scores | Tensor": ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import local, ranking, sequence
-from .ranking import AdaptiveFraction, adakd_temperatures
+from .ranking import adakd_temperatures
 from .sequence import release_point
 from .specs import (
     Parameter,
@@ -31,7 +31,6 @@ from .stats import ROLLOUT_FIELDS, TokenStats, step_index_from_tool_mask
 __all__ = [
     "ROLLOUT_FIELDS",
     "TOKEN_WEIGHTINGS",
-    "AdaptiveFraction",
     "ResolvedWeighting",
     "TokenStats",
     "TokenWeighting",

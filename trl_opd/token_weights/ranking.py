@@ -6,8 +6,6 @@ Ranks are within the micro-batch of one process. All are detached. torch only.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +50,8 @@ def adakd(stats: TokenStats, fraction: float = 1.0) -> Tensor:
     """
     Token focusing: w = n / (number kept) on the `fraction` of n tokens with the largest Hellinger distance, else 0.
 
-    A token mean of w · D is the mean of D over the kept tokens. Fraction 1 gives ones. [`AdaptiveFraction`] moves the
-    fraction as the paper does, [`adakd_temperatures`] is the other half of the method.
+    A token mean of w · D is the mean of D over the kept tokens. Fraction 1 gives ones. The schedule of type `adakd`
+    moves the fraction as the paper does, [`adakd_temperatures`] is the other half of the method.
 
     Paper: [AdaKD](https://huggingface.co/papers/2510.11615), loss-driven adaptive token focusing, as in its code;
     there the ranking is within a micro-batch too.
@@ -86,63 +84,6 @@ def adakd_temperatures(hellinger: Tensor, mask: Tensor, c: float = 0.5) -> Tenso
     # A median of 0 says that most tokens agree exactly: those are no harder than one another
     relative = torch.where(hellinger == median, 1.0, hellinger / median.clamp(min=torch.finfo(hellinger.dtype).tiny))
     return torch.where(mask, (-c * relative.clamp(min=1e-8).log().tanh()).exp(), 1.0)
-
-
-class AdaptiveFraction:
-    """
-    AdaKD's fraction of tokens, moved by the trend of the loss.
-
-    The moving average of the loss is compared with its value at the last move (first at the end of the warm-up). Where
-    it is lower by more than `tolerance` of that, the fraction shrinks by `rate`; where it is higher as much, it grows.
-
-    Args:
-        fraction (`float`, *optional*, defaults to `1.0`): Start, and its maximum is 1.
-        minimum (`float`, *optional*, defaults to `0.1`): Smallest fraction.
-        tolerance (`float`, *optional*, defaults to `0.05`): ε, relative change that counts.
-        rate (`float`, *optional*, defaults to `0.05`): σ, relative step of the fraction.
-        decay (`float`, *optional*, defaults to `0.99`): Of the moving average, which starts at the first loss.
-        warmup (`float`, *optional*, defaults to `0.05`): Share of the training before the first comparison.
-
-    Paper: [AdaKD](https://huggingface.co/papers/2510.11615), as in its code.
-    """
-
-    def __init__(
-        self,
-        fraction: float = 1.0,
-        *,
-        minimum: float = 0.1,
-        tolerance: float = 0.05,
-        rate: float = 0.05,
-        decay: float = 0.99,
-        warmup: float = 0.05,
-    ) -> None:
-        self.fraction = fraction
-        self._minimum, self._tolerance, self._rate = minimum, tolerance, rate
-        self._decay, self._warmup = decay, warmup
-        self._average: float | None = None
-        self._reference: float | None = None
-
-    def update(self, loss: float, progress: float) -> float:
-        """The fraction after an optimizer step with the loss `loss` (of all processes), at `progress` in [0, 1]."""
-        old = loss if self._average is None else self._average
-        self._average = average = self._decay * old + (1 - self._decay) * loss
-        if self._reference is None:
-            if progress > self._warmup:
-                self._reference = average
-        elif average - self._reference > self._tolerance * self._reference:
-            self.fraction, self._reference = min(self.fraction * (1 + self._rate), 1.0), average
-        elif self._reference - average > self._tolerance * self._reference:
-            self.fraction, self._reference = max(self.fraction * (1 - self._rate), self._minimum), average
-        return self.fraction
-
-    def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint must keep."""
-        return {"fraction": self.fraction, "average": self._average, "reference": self._reference}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        self.fraction = state["fraction"]
-        self._average, self._reference = state["average"], state["reference"]
 
 
 def tip(stats: TokenStats, fraction: float | None = 0.5, mean_over: str = "kept") -> Tensor:
