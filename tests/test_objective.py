@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from steps import (
     Step,
     assert_same_gradient,
@@ -431,9 +432,23 @@ def test_rlad_anchors_the_ratio(tmp_path):
 
 @pytest.mark.parametrize("mode", ["truncate", "band"])
 def test_importance_weights_replace_the_clipped_ratio(tmp_path, mode):
+    """In the second iteration over a batch: detached weights of the ratio, and no ratio inside the surrogate."""
     bounds = {"importance_high": 1.01} | ({"importance_low": 0.97} if mode == "band" else {})
+    seen = []
+
+    def watch(trainer):
+        set_inputs = trainer.objective._surrogate.set_inputs
+
+        def keep(batch, logps, *others):
+            old = batch.inputs["old_per_token_logps"]
+            set_inputs(batch, logps, *others)
+            seen.append((batch, logps.detach(), old))
+
+        trainer.objective._surrogate.set_inputs = keep
+
     step = take_step(
         tmp_path,
+        prepare=watch,
         teacher=teacher(),
         importance_weighting=mode,
         num_iterations=2,
@@ -442,9 +457,14 @@ def test_importance_weights_replace_the_clipped_ratio(tmp_path, mode):
         **bounds,
         **SAMPLED,
     )
-    importance = [log["distill/importance_weight"] for log in step.trainer.state.log_history[:2]]
-    assert importance[0] == pytest.approx(1.0)
-    assert importance[1] != pytest.approx(1.0, abs=1e-6)
+    assert step.trainer.state.log_history[0]["distill/importance_weight"] == pytest.approx(1.0)
+    batch, now, old = seen[-1]
+    mask = batch.loss_mask
+    ratio = (now - old).exp()
+    weights = ratio.clamp(max=1.01) if mode == "truncate" else ratio * ((ratio >= 0.97) & (ratio <= 1.01))
+    assert (weights != ratio)[mask].any(), "no ratio is out of its bounds"
+    torch.testing.assert_close(batch.inputs["advantages"][mask], (batch.advantages * weights)[mask])
+    assert "old_per_token_logps" not in batch.inputs
 
 
 def test_the_beta_kernel_weighs_completions(tmp_path):
@@ -496,8 +516,6 @@ def test_weights_that_are_not_weights_stop_the_run(tmp_path, name, words):
 
 
 def test_the_divergence_of_other_completions_is_their_own(tmp_path):
-    from datasets import Dataset
-
     rows = Dataset.from_dict({"prompt": ["ab", "cd", "ef", "gh"] * 4, "completion": ["hgf", "ed", "cba", "h"] * 4})
     fields = {
         "num_generations": 2,
@@ -561,3 +579,122 @@ def test_slots_that_exclude_each_other_are_named(tmp_path, fields, words):
         OnPolicyDistillConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **fields)
     for word in words:
         assert word in str(error.value)
+
+
+def test_whitening_before_and_after_the_rewards_are_two_objectives(tmp_path):
+    """`distill` whitens what is added to the rewards, `mixed` the sum."""
+    fields = {**GROUPS, **SAMPLED, "scale_rewards": "none", "arguments": {"reward_funcs": reward}}
+    separate = take_step(tmp_path / "a", teacher=teacher(), advantage_whitening="distill", **fields)
+    together = take_step(tmp_path / "b", teacher=teacher(), advantage_whitening="mixed", **fields)
+
+    def white(x, mask):
+        kept = x[mask]
+        return (x - kept.mean()) / (kept.std(correction=0) + 1e-4)
+
+    def values(s, inputs, t, mixed):
+        own = sampled(s, inputs)
+        mask = loss_mask(inputs).bool()
+        gap, rewards = (sampled(t, inputs) - own).detach(), inputs["advantages"][:, None]
+        advantage = white(gap + rewards, mask) if mixed else white(gap, mask) + rewards
+        return -advantage * own
+
+    check(separate, lambda s, inputs, t: values(s, inputs, t, False), teacher())
+    check(together, lambda s, inputs, t: values(s, inputs, t, True), teacher())
+
+
+def test_luffy_shapes_the_rewards_of_what_was_injected(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["ab", "cd", "ef", "gh"] * 4, "completion": ["hgf", "ed", "cba", "h"] * 4})
+    step = take_step(
+        tmp_path,
+        teacher=teacher(),
+        num_generations=2,
+        per_device_train_batch_size=4,
+        injected_completions=1,
+        injected_shaping=0.1,
+        distill_coef=0.0,
+        arguments={"train_dataset": rows, "reward_funcs": reward},
+    )
+
+    def values(s, inputs, t):
+        own = sampled(s, inputs)
+        shaped = own.exp() / (own.exp() + 0.1)  # f(p), differentiated
+        loss = torch.where(inputs["on_policy"][:, None], (own - own.detach()).exp(), shaped)
+        return -inputs["advantages"][:, None] * loss
+
+    check(step, values, teacher())
+
+
+def test_a_completion_of_another_policy_has_no_ratio_to_the_student(tmp_path):
+    """In later iterations over a batch GRPO divides by old log-probs: of injected members by those of this moment."""
+    rows = Dataset.from_dict({"prompt": ["ab", "cd", "ef", "gh"] * 4, "completion": ["hgf", "ed", "cba", "h"] * 4})
+    seen = []
+
+    def watch(trainer):
+        set_inputs = trainer.objective._surrogate.set_inputs
+
+        def keep(batch, logps, *others):
+            set_inputs(batch, logps, *others)
+            old = batch.inputs.get("old_per_token_logps")
+            seen.append((batch.inputs["on_policy"], None if old is None else (old - logps.detach()).abs().sum(1)))
+
+        trainer.objective._surrogate.set_inputs = keep
+
+    take_step(
+        tmp_path,
+        prepare=watch,
+        teacher=teacher(),
+        num_generations=2,
+        per_device_train_batch_size=4,
+        injected_completions=1,
+        num_iterations=2,
+        max_steps=2,
+        arguments={"train_dataset": rows, "reward_funcs": reward},
+    )
+    on_policy, change = seen[-1]
+    assert (change[on_policy] > 0).any()
+    assert (change[~on_policy] == 0).all()
+
+
+def test_the_reward_tilt_adds_the_reward_over_beta(tmp_path):
+    step = take_step(
+        tmp_path,
+        teacher=teacher(),
+        target="reward_tilt",
+        target_kwargs={"beta": 0.5},
+        reward_coef=0.0,
+        arguments={"reward_funcs": reward},
+        **GROUPS,
+        **SAMPLED,
+    )
+
+    def values(s, inputs, t):
+        own = sampled(s, inputs)
+        return -((sampled(t, inputs) - own).detach() + inputs["rewards"][:, None] / 0.5) * own
+
+    check(step, values, teacher())
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_ketchup_takes_the_teachers_logits_for_values(tmp_path, horizon):
+    step = take_step(
+        tmp_path, teacher=teacher(), credit="policy_gradient", advantage_signal="teacher_q", return_horizon=horizon
+    )
+    model, total, count = student(), 0.0, 0.0
+    for inputs in step.batches:
+        mask = loss_mask(inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            logits = teacher()(input_ids=ids, attention_mask=attention).logits.double()
+        logits = logits[:, inputs["prompt_ids"].shape[1] - 1 : -1]
+        q, best = sampled(logits, inputs) * mask, logits.max(-1).values * mask
+        returns = torch.zeros_like(q)
+        for row in range(len(q)):
+            length = int(mask[row].sum())
+            for t in range(length):
+                for start in range(t, length, horizon):  # blocks of K tokens, telescoped
+                    end = start + horizon
+                    returns[row, t] += q[row, start] - (best[row, end] if end < length else 0.0)
+        own = sampled(full_logprobs(model, inputs), inputs)
+        total, count = total - (returns * own * mask).sum(), count + mask.sum()
+    assert_same_gradient(step.gradient, gradient_of(model, total / count))

@@ -146,6 +146,21 @@ def test_a_constant_is_a_token_weight(backend, dtype, support, weights):
     assert_gradients([g.double() for g in gradients], [g.double() for g in others], dtype)
 
 
+def test_means_over_teachers_have_the_weights_of_their_rows():
+    """In every chunk, of a sum of losses whose weights differ by token."""
+    student, teachers = make_teachers()
+    weights = torch.rand(N, 3, generator=torch.Generator().manual_seed(1), dtype=FP64).softmax(-1)
+    given = []
+
+    def look(stats):
+        given.append(stats["teacher_entropy"])
+        return torch.ones_like(given[-1])
+
+    told = TOLD | {"mixture_weights": weights, "chunk_bytes": 2 * 4 * V * 8}
+    out, _ = ask(student, teachers, "loss_sum", **told, token_weighting=look)
+    assert len(given) > 1 and torch.equal(torch.cat(given), out.teacher_entropy[KEPT])
+
+
 def test_what_the_hook_is_given():
     student, teachers = make_teachers()
     given = []

@@ -155,7 +155,9 @@ RECIPES = (
             "divergence": "reverse_kl",
             "off_policy_divergence": "forward_kl",
             "student_fraction": 0.0,
-            "schedules": {"student_fraction": {"type": "piecewise", "points": [[0.0, 0.0], [0.5, 1.0]]}},
+            "schedules": {
+                "student_fraction": {"type": "piecewise", "points": [[0.0, 0.0], [0.5, 1.0]], "interpolate": False}
+            },
         },
         needs=("rewards", "generating_teacher", "group"),
         fidelity="approximation: as described by the abstract; when the phases change is this library's",
