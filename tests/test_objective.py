@@ -698,3 +698,64 @@ def test_ketchup_takes_the_teachers_logits_for_values(tmp_path, horizon):
         own = sampled(full_logprobs(model, inputs), inputs)
         total, count = total - (returns * own * mask).sum(), count + mask.sum()
     assert_same_gradient(step.gradient, gradient_of(model, total / count))
+
+
+def test_weights_multiply_the_advantages_of_sampled_tokens(tmp_path):
+    step = take_step(tmp_path, teacher=teacher(), token_weighting={"prefix": {"length": 2}}, **SAMPLED)
+
+    def values(s, inputs, t):
+        own = sampled(s, inputs)
+        first = (torch.arange(s.shape[1]) < 2).double()
+        return -first * (sampled(t, inputs) - own).detach() * own
+
+    check(step, values, teacher())
+
+
+def test_the_gate_multiplies_the_advantages_of_the_distillation_alone(tmp_path):
+    step = take_step(
+        tmp_path,
+        teacher=teacher(),
+        reward_mix="gate",
+        reward_mix_kwargs={"on": "success", "threshold": 1.0},
+        arguments={"reward_funcs": reward},
+        **GROUPS,
+        **SAMPLED,
+    )
+    kept = torch.cat([batch["rewards"] >= 1 for batch in step.batches])
+    assert kept.any() and not kept.all()
+
+    def values(s, inputs, t):
+        own = sampled(s, inputs)
+        gate = (inputs["rewards"] >= 1).double()[:, None]
+        return -(gate * (sampled(t, inputs) - own) + inputs["advantages"][:, None]).detach() * own
+
+    check(step, values, teacher())
+
+
+@pytest.mark.parametrize("credit", ["direct", "k2", "policy_gradient"])
+def test_weights_and_factors_multiply(tmp_path, credit):
+    """A token's weight, its completion's factor and its reduction weight, each exactly once."""
+    support = {} if credit == "direct" else {"support": "sampled"}
+    step = take_step(
+        tmp_path,
+        teacher=teacher(),
+        credit=credit,
+        token_weighting="idft",
+        sample_weighting={"beta_kernel": {"a": 0.0, "b": 0.0, "scale": 3.0}},
+        reward_coef=0.0,
+        arguments={"reward_funcs": reward},
+        **support,
+        **GROUPS,
+    )
+
+    def values(s, inputs, t):
+        own, other = sampled(s, inputs), sampled(t, inputs)
+        weight = 0.1 + 0.9 * torch.sigmoid(-(own - (s.exp() * s).sum(-1))).detach()
+        term = {
+            "direct": reverse_kl(s, t),
+            "k2": 0.5 * (own - other).square(),
+            "policy_gradient": -(other - own).detach() * own,
+        }[credit]
+        return 3 * weight * term
+
+    check(step, values, teacher())
