@@ -23,6 +23,7 @@ from tiny import make_model
 from torch import Tensor
 
 from trl_opd import OnPolicyDistillConfig
+from trl_opd.teachers.answers import TeacherScoreError
 
 SAMPLED = {"credit": "policy_gradient", "support": "sampled"}
 
@@ -511,8 +512,10 @@ def negative(stats):
 
 @pytest.mark.parametrize(("name", "words"), [("bad", "finite weights"), ("negative", "at least 0")])
 def test_weights_that_are_not_weights_stop_the_run(tmp_path, name, words):
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(TeacherScoreError, match=words) as error:
         take_step(tmp_path, teacher=teacher(), token_weighting=f"{__name__}.{name}")
+    assert str(error.value).startswith(f"token_weighting '{__name__}.{name}'")
+    assert "No step was taken. A checkpoint of step 0" in str(error.value)
 
 
 def test_the_divergence_of_other_completions_is_their_own(tmp_path):
@@ -759,3 +762,11 @@ def test_weights_and_factors_multiply(tmp_path, credit):
         return 3 * weight * term
 
     check(step, values, teacher())
+
+
+def test_a_reference_that_gives_nan_stops_the_run(tmp_path):
+    broken = reference()
+    with torch.no_grad():
+        broken.lm_head.weight[3] = math.nan
+    with pytest.raises(TeacherScoreError, match="not finite: nan at completion token"):
+        take_step(tmp_path, teacher=teacher(), target="extrapolate", arguments={"reference_model": broken})

@@ -26,6 +26,7 @@ from .sample_weights import SampleStats, resolve_sample_weighting, sample_weight
 from .student import MicroBatch, sampled_answer
 from .surrogate import Surrogate, sampler_logprobs
 from .targets import Target, resolve_target
+from .teachers.answers import TeacherScoreError
 from .token_weights import (
     ResolvedWeighting,
     TokenStats,
@@ -289,7 +290,9 @@ class Objective:
                 by_sample = self._sample_weights(samples, sample_stats, batch.inputs)
                 weights = _times(by_sample[:, None].expand(logps.shape), weights)
         except Exception as error:  # of a user's function, too
-            problem = error
+            what = str(error) if isinstance(error, ValueError) else f"A weighting failed with {error!r}."
+            problem = TeacherScoreError(what)
+            problem.__cause__ = error
         self.trainer.stop_on(problem, batch.inputs)
         return weights
 

@@ -136,12 +136,18 @@ def _require(scores: TeacherScores, credit: str, name: str) -> None:
 
 
 def find_bad_token(output: StudentOutput, mask: Tensor) -> tuple[int, int, float] | None:
-    """First `(sequence, token, value)` of the loss at which a dense teacher's distribution is NaN or infinite."""
+    """
+    First `(sequence, token, value)` of the loss at which a dense teacher's distribution is NaN or infinite, or the
+    divergence is NaN though the student is not: then it is a reference model of the target.
+    """
     bad = torch.zeros_like(mask)
     value = None
-    for tensor in (output.teacher_entropy, output.teacher_logprobs):
+    divergence = None
+    if output.divergence is not None and output.entropy is not None:
+        divergence = output.divergence.detach().masked_fill(output.entropy.isnan(), 0.0)
+    for tensor in (output.teacher_entropy, output.teacher_logprobs, divergence):
         if tensor is not None:
-            broken = ~torch.isfinite(tensor) | (tensor < -1e20)
+            broken = torch.isnan(tensor) if tensor is divergence else ~torch.isfinite(tensor) | (tensor < -1e20)
             value = tensor if value is None else torch.where(bad, value, tensor)
             bad = bad | broken
     where = (bad & mask).nonzero()
