@@ -139,6 +139,22 @@ def test_sampled_tokens_need_only_the_affine_log_probs(tmp_path):
     check(step, values, teacher(), reference())
 
 
+def test_a_combination_of_log_probs_may_be_above_zero(tmp_path):
+    """The check of a teacher's log-probs is not for what is made of several."""
+    fields = {"target": "extrapolate", "target_kwargs": {"scale": 9.0}, "arguments": {"reference_model": reference()}}
+    step = take_step(tmp_path, teacher=teacher(), **fields, **SAMPLED)
+    highest = []
+
+    def values(s, inputs, t, r):
+        own = sampled(s, inputs)
+        aimed = 9.0 * sampled(t, inputs) - 8.0 * sampled(r, inputs)
+        highest.append((aimed * loss_mask(inputs)).max().item())
+        return -(aimed - own).detach() * own
+
+    check(step, values, teacher(), reference())
+    assert max(highest) > 0.1
+
+
 def test_sampled_tokens_of_an_affine_target_with_the_student_in_it(tmp_path):
     kwargs = {"target": "affine", "target_kwargs": {"teacher": 1.2, "references": [-0.4], "student": 0.3}}
     step = take_step(

@@ -246,7 +246,7 @@ class Objective:
             logps (`torch.Tensor`): The student's log-probs of the sampled tokens, `(B, T)`.
             entropies (`torch.Tensor`): Its entropies, `(B, T)`.
         """
-        args, mask, output = self.args, batch.distill_mask, batch.output
+        args, output = self.args, batch.output
         sampled = args.credit != "direct" or args.reward_mix == "multiply" or args.ratio_anchor != 1.0
         teacher = self._aimed_logprobs(batch, logps) if sampled else None
         if self.per_token:
@@ -259,8 +259,7 @@ class Objective:
             self._weight_sum = total if self._weight_sum is None else self._weight_sum + total
         if args.credit == "k2":
             assert teacher is not None
-            values = k2_loss(logps, teacher).masked_fill(~mask, 0.0)
-            batch.direct = (values * _times(batch.weights, weights)).sum()
+            batch.direct = (k2_loss(logps, teacher) * _times(batch.weights, weights)).sum()
         elif args.credit in ("direct", "combined"):
             assert output is not None and output.loss is not None
             batch.direct = output.loss
