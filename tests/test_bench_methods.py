@@ -307,6 +307,22 @@ def test_replayed_completions_are_told_from_the_data_sets():
     assert meter.tokens == {"student": 2, "replay": 3, "dataset": 4}
 
 
+def test_a_run_whose_figures_are_no_numbers_has_failed(start, monkeypatch):
+    monkeypatch.setattr(methods_train, "measure", lambda *args, **kwargs: {"accuracy": 0.5, "entropy": math.nan})
+    with methods.quiet():
+        result = methods_train.run(make_plan("start", SETTINGS), start)
+    assert result == {"name": "start", "seed": 0, "status": "failed", "message": "ValueError: Not finite: entropy."}
+
+
+def test_tokens_that_were_not_spent_are_a_failure(start, monkeypatch):
+    monkeypatch.setattr(methods_train.StopAtBudget, "on_step_end", lambda *args, **kwargs: None)
+    monkeypatch.setattr(methods_train, "max_steps", lambda *args: 1)
+    with methods.quiet():
+        result = methods_train.run(make_plan("reverse_kl", SETTINGS), start)
+    assert result["status"] == "failed"
+    assert f"of {SETTINGS.budget} tokens" in result["message"]
+
+
 # The rows
 
 

@@ -25,8 +25,10 @@ def make(**args: Any) -> Groups:
     return Groups(trainer)  # type: ignore[arg-type]
 
 
-def finish(groups: Groups, rewards: list[list[float]], prompts: str = "aabb", completions: Any = None) -> dict:
-    output = {"completion_ids": torch.zeros(len(rewards), 3)}
+def finish(
+    groups: Groups, rewards: list[list[float]], prompts: str = "aabb", completions: Any = None, **marks: Tensor
+) -> dict:
+    output = {"completion_ids": torch.zeros(len(rewards), 3), **marks}
     groups.begin()
     groups.note_rewards(torch.tensor(rewards))
     groups.finish(output, [{"prompt": p} for p in prompts], completions or ["x"] * len(rewards))
@@ -54,8 +56,16 @@ def test_evaluation_reads_the_rates_and_does_not_move_them():
     finish(groups, [[1, 0], [0, 0], [0, 0], [0, 0]])
     groups.trainer.model.training = False
     output = finish(groups, [[1, 0], [0, 0], [1, 0], [NAN, NAN]], prompts="abcd")
-    assert output["pass_rate"].tolist() == [0.5, 0.0, 1.0, 0.0]  # c is new, nothing is known of d
+    assert output["pass_rate"].tolist() == pytest.approx([2 / 3, 0.0, 1.0, 0.5])  # nothing is known of d
+    assert groups.pass_rates.rate("a") == 0.5
     assert groups.pass_rates.rate("c") is None
+
+
+def test_pass_rates_are_of_the_students_completions():
+    groups = make(sample_weighting="beta_kernel")
+    others = torch.tensor([True, False, False, False])
+    output = finish(groups, [[0, 0], [1, 0], [1, 0], [1, 0]], on_policy=others)
+    assert output["pass_rate"].tolist() == [0.0, 0.0, 0.5, 0.5]  # the student has not written for b
 
 
 def test_a_column_of_pass_rates_wins():

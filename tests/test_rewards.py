@@ -12,7 +12,6 @@ from trl_opd.rewards import (
     add,
     consensus_share,
     multiply_sign_preserving,
-    pass_rates,
     resolve_reward_mix,
     reward_gate,
 )
@@ -120,18 +119,8 @@ def test_the_share_of_a_group_that_agrees():
     assert consensus_share([], 4) == []
 
 
-def test_pass_rates_of_groups():
-    rates = pass_rates(GROUPS.flatten(), 3, 1.0)
-    expected = torch.tensor([1, 1 / 3, 0, 1 / 2, NAN, 1, 0]).repeat_interleave(3)
-    assert rates.dtype == torch.float32
-    torch.testing.assert_close(rates, expected, equal_nan=True)
-    assert pass_rates(torch.tensor([1.0, 0.0]), 1, 0.5).tolist() == [1, 0]
-
-
 @pytest.mark.parametrize("size", [0, 2, 4])
 def test_a_group_is_whole(size):
-    with pytest.raises(ValueError, match=f"group_size must be a divisor of the 3 completions, got {size}"):
-        pass_rates(torch.zeros(3), size, 1.0)
     with pytest.raises(ValueError, match=f"group_size must be a divisor of the 3 completions, got {size}"):
         consensus_share([1, 2, 3], size)
 

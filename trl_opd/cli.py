@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--fast", action="store_true", help="a few steps of everything, to see that it runs")
     commands.add_parser("train", help="train from a YAML file or command-line fields (see --help)", add_help=False)
-    commands.add_parser("bench", help="measure: bench head, step, teacher, topk, server, cache", add_help=False)
+    commands.add_parser(
+        "bench", help="measure: bench head, step, teacher, topk, server, cache, methods", add_help=False
+    )
     commands.add_parser("score", help="write a teacher's scores of fixed completions (see --help)", add_help=False)
     commands.add_parser("recipes", help="the methods of the literature, by name (see --help)", add_help=False)
     args, rest = parser.parse_known_args(argv)

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .imports import load_object
-from .rewards import consensus_share, pass_rates, resolve_reward_mix
+from .rewards import consensus_share, resolve_reward_mix
 from .sample_weights import PassRates
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STATE_FILE = "pass_rates.json"
 PASS = 0.5  # reward from which a completion passes
+FRONTIER = 0.5  # pass rate of a prompt of which nothing is known
 
 
 class Groups:
@@ -64,25 +65,32 @@ class Groups:
             output["rewards"] = rewards[local]
             output["group_rewards"] = rewards.view(-1, size).repeat_interleave(size, dim=0)[local]
             if "pass_rate" not in output and args.sample_weighting:
-                output["pass_rate"] = self._running_rates(rewards, examples, size, training)[local].to(device)
+                output["pass_rate"] = self._running_rates(rewards, output, examples, training)[local].to(device)
         if args.reward_mix == "gate":
             _, mix = resolve_reward_mix("gate", args.reward_mix_kwargs)  # type: ignore[arg-type]
             if mix["on"] == "consensus":
                 output["consensus"] = self._consensus(mix, completions, size)[local].to(device)
 
     def _running_rates(
-        self, rewards: Tensor, examples: Sequence[Mapping[str, Any]], size: int, training: bool
+        self, rewards: Tensor, output: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], training: bool
     ) -> Tensor:
-        """Each prompt's running pass rate, this batch included, of all processes."""
+        """
+        Each prompt's running pass rate, this batch included, of all processes: the share of the student's own
+        completions that pass. A prompt that it has not completed yet is at the frontier, at one half.
+        """
         prompts = [x.get("prompt") for x in examples]
+        own = output["on_policy"].tolist() if "on_policy" in output else [True] * len(prompts)
         if self.trainer.accelerator.num_processes > 1:
-            prompts = gather_object(prompts)
-        if training:
-            scored = [(p, float(r >= PASS)) for p, r in zip(prompts, rewards.tolist(), strict=True) if r == r]
-            self.pass_rates.update([prompt for prompt, _ in scored], [passed for _, passed in scored])
-        rates = [self.pass_rates.rate(prompt) for prompt in prompts]
-        now = pass_rates(rewards, size, PASS).nan_to_num().tolist()  # in evaluation a prompt may be new
-        return torch.tensor([own if rate is None else rate for rate, own in zip(rates, now, strict=True)])
+            prompts, own = gather_object(prompts), gather_object(own)
+        rates = self.pass_rates
+        if not training:  # counted, but not kept
+            rates = PassRates()
+            rates.load_state_dict(self.pass_rates.state_dict())
+        rows = zip(prompts, rewards.tolist(), own, strict=True)
+        scored = [(prompt, float(reward >= PASS)) for prompt, reward, ours in rows if ours and reward == reward]
+        rates.update([prompt for prompt, _ in scored], [passed for _, passed in scored])
+        known = [rates.rate(prompt) for prompt in prompts]
+        return torch.tensor([FRONTIER if rate is None else rate for rate in known])
 
     def _consensus(self, mix: Mapping[str, Any], completions: Sequence[Any], size: int) -> Tensor:
         """Share of each group that gives its most frequent answer, of all processes."""

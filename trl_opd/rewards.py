@@ -157,27 +157,6 @@ def consensus_share(answers: Sequence[Hashable | None], group_size: int) -> list
     return shares
 
 
-def pass_rates(rewards: Tensor, group_size: int, threshold: float) -> Tensor:
-    """
-    Share of each completion's group whose reward is at least the threshold.
-
-    Args:
-        rewards (`torch.Tensor`): Reward per completion, groups in a row, `(B,)`. NaN (not scored) is not counted.
-        group_size (`int`): G.
-        threshold (`float`): Reward of a completion that passes.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, float32; NaN in a group without any reward.
-
-    Raises:
-        ValueError: If the rewards are no whole number of groups.
-    """
-    _check_groups(len(rewards), group_size)
-    groups = rewards.detach().view(-1, group_size)
-    scored = (~groups.isnan()).sum(1)
-    return ((groups >= threshold).sum(1) / scored).float().repeat_interleave(group_size)
-
-
 def _check_groups(num: int, group_size: int) -> None:
     if group_size < 1 or num % group_size:
         raise ValueError(

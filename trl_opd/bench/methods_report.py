@@ -125,8 +125,8 @@ def footnotes(result: Mapping[str, Any]) -> list[str]:
         "Not a ranking of papers: all methods at one learning rate and one budget, untuned, with tiny models on one "
         f"task (reversed {digits}-digit addition, {settings['num_held_out']} held-out problems). Learning rate "
         f"{rates['opd']:g}; {rates['grpo']:g} where rewards are trained on. It falls linearly to 0 in tokens.",
-        f"{settings['budget']:,} tokens a run, {len(result['seeds'])} seeds; ± is the standard error over them. "
-        f"{COUNTED}",
+        f"{settings['budget']:,} tokens a run, seeds {', '.join(map(str, result['seeds']))}; ± is the standard "
+        f"error over them. {COUNTED}",
         "accuracy: sampled at temperature 1; greedy: the likeliest token. reverse KL, KL(s‖t), and forward KL, "
         "KL(t‖s): exact, nats per token, on the student's own samples; forward KL (t): on the teacher's samples. "
         "distinct: different completions among 8 samples of a problem. entropy: nats per token. length: tokens of a "
@@ -196,8 +196,9 @@ def plot(result: Mapping[str, Any], path: str) -> bool:
     panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
     panels[0].set(xlabel="held-out accuracy at temperature 1 (%)", ylim=(-1, len(rows)))
     panels[1].set(xlabel="reverse KL to the teacher (nats per token)", xscale="log")
+    seeds = ", ".join(map(str, result["seeds"]))
     figure.suptitle(
-        f"{result['settings']['budget']:,} tokens each, {len(result['seeds'])} seeds, untuned; orange: not trained; "
+        f"{result['settings']['budget']:,} tokens each, seeds {seeds}, untuned; orange: not trained; "
         f"green: from the start that reads hints, to itself with hints; dashed: {UNIT_OF_COST}",
         fontsize=9,
     )

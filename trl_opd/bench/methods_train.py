@@ -196,8 +196,6 @@ def _run(plan: Plan, start: Start) -> dict[str, Any]:
             train(trainer)
             model = trainer.model
         used = _used(plan, start, meter, stop.steps)
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise ValueError("The trained weights are not finite.")
         if meter.tokens.total() < meter.budget:
             raise ValueError(f"The run ended after {meter.tokens.total()} of {meter.budget} tokens.")
     metrics = measure(

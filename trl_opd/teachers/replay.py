@@ -32,8 +32,8 @@ class Replay:
       `off_policy_mask_threshold`), are `None`: no student sampled the tokens. The correction needs them, so `use_vllm`
       is refused; there is nothing for an engine to generate.
     - Its ratio π/π_old is of the student with itself, at the time the batch was made. It corrects for the steps taken
-      since and knows nothing of who wrote the tokens, so a policy gradient over them is biased: `credit=
-      "policy_gradient"` and rewards that are trained on (`reward_coef` above 0) are refused.
+      since and knows nothing of who wrote the tokens, so a policy gradient over them is biased: any `credit` but
+      `"direct"`, and rewards that are trained on (`reward_coef` above 0), are refused.
     - The divergence with `credit="direct"` is defined on any prefix, whoever wrote it, as are an entropy bonus and the
       distillation metrics. What changes is which prefixes are trained on.
     - `beta` adds GRPO's estimate of the KL to a reference model from single tokens. Over these tokens it is no longer
@@ -168,9 +168,9 @@ def check_replay(trainer: Any, reader: CacheReader) -> None:
         ValueError: Naming the field.
     """
     args = trainer.args
-    if args.credit == "policy_gradient":
+    if args.credit != "direct":
         raise ValueError(
-            "credit must be 'direct' with stored completions, got 'policy_gradient'. Its gradient is right for tokens "
+            f"credit must be 'direct' with stored completions, got {args.credit!r}. Its gradient is right for tokens "
             "that the student sampled itself, which these are not. Set credit='direct', support='teacher_top_k'."
         )
     if getattr(trainer, "has_rewards", False) and args.reward_coef > 0:
