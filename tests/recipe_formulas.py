@@ -58,6 +58,16 @@ class Scene:
         return (self.other - self.own).detach()
 
     @property
+    def gap_then(self) -> Tensor:
+        """ℓ from the student that sampled."""
+        return self.other - self.inputs["old_per_token_logps"]
+
+    @property
+    def ratio(self) -> Tensor:
+        """ρ, the student to the one that sampled."""
+        return (self.own - self.inputs["old_per_token_logps"]).exp().detach()
+
+    @property
     def ours(self) -> Tensor:
         """Whether the student sampled the completion, `(B, 1)`."""
         return self.inputs["on_policy"][:, None]
@@ -317,6 +327,12 @@ def sod(x: Scene) -> Tensor:
     return x.surrogate(x.grpo() + weights * x.gap)
 
 
+def in_band(x: Scene) -> Tensor:
+    inside = (x.ratio >= 0.5) & (x.ratio <= 5)
+    assert 0 < inside[x.mask.bool()].double().mean() < 1
+    return x.ratio * inside
+
+
 def rlad(x: Scene) -> Tensor:
     ratio = (x.own - 0.5 * x.own.detach() - 0.5 * x.other).exp()
     a = x.grpo()
@@ -370,8 +386,8 @@ FORMULAS: Mapping[str, Callable[[Scene], Any]] = {
     "eopd": eopd,
     "ketchup": lambda x: x.surrogate(x.white(bellman(x, 4))),
     "iw_opd": importance,
-    "glm5": opd,
-    "lightning_opd": lambda x: reverse_kl(*bucketed(*take(x, x.t.topk(40).indices))),
+    "glm5": lambda x: x.surrogate(in_band(x) * x.gap_then),
+    "lightning_opd": lambda x: reverse_kl(*bucketed(*take(x, x.t.topk(64).indices))),
     "exopd": lambda x: x.surrogate(1.25 * x.other - 0.25 * sampled(x.references[0], x.inputs) - x.own),
     "direct_opd": lambda x: x.surrogate(x.other - sampled(x.references[0], x.inputs)),
     "delta_kd": lambda x: forward_kl(x.s, normal(x.references[1] + x.t - x.references[0])),
@@ -411,8 +427,8 @@ FORMULAS: Mapping[str, Callable[[Scene], Any]] = {
     "direction_adaptive": direction,
     "kdrl": lambda x: x.surrogate(x.grpo()) + 0.002 * 0.5 * (x.other - x.own).square(),
     "sod": sod,
-    "mimo": lambda x: x.surrogate(x.grpo() + x.gap),
-    "nemotron_cascade2": opd,
+    "mimo": lambda x: x.surrogate(in_band(x) * (x.grpo() + x.gap_then)),
+    "nemotron_cascade2": lambda x: x.surrogate(x.ratio.clamp(max=2) * x.gap_then),
     "rlad": rlad,
     "rlsd": rlsd,
     "kepo": on_success,
