@@ -8,7 +8,7 @@ import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import distillation_trainer
 
-from trl_opd import student
+from trl_opd import distill_head
 from trl_opd.bench import measure, phases, step, trainers
 from trl_opd.bench.phases import PHASES, PhaseTimer, WatchedHead
 from trl_opd.cli import main as cli
@@ -132,19 +132,19 @@ def test_step_beside_trl(tmp_path, slow_backward, capsys):
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     # Nothing stays patched
     assert vars(ChunkedDivergenceFunction)["backward"] is before
-    assert not hasattr(student.fused_linear_divergence, "_is_timed")
+    assert not hasattr(distill_head.fused_linear_divergence, "_is_timed")
     assert not hasattr(distillation_trainer._chunked_divergence_loss, "_is_timed")
 
 
 def test_bf16_is_ignored_by_trl_and_put_back(tmp_path, monkeypatch):
     """The premise of the comparison: TRL's loss runs in fp32 under `bf16=True`, ours and `trl_autocast` in bf16."""
     seen = {}
-    real_trl, real_ours = distillation_trainer._chunked_divergence_loss, student.fused_linear_divergence
+    real_trl, real_ours = distillation_trainer._chunked_divergence_loss, distill_head.fused_linear_divergence
     real_round = step._round
 
     def record(row, *args):
         monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", watch(row["name"], real_trl))
-        monkeypatch.setattr(student, "fused_linear_divergence", watch(row["name"], real_ours))
+        monkeypatch.setattr(distill_head, "fused_linear_divergence", watch(row["name"], real_ours))
         return real_round(row, *args)
 
     def watch(name, function):
@@ -211,7 +211,7 @@ def test_heads_of_modules_imported_later_are_found():
     Late.__module__ = "trl_opd.kernels.late"
     timer = PhaseTimer(torch.device("cpu"))
     original = vars(Late)["backward"]
-    with WatchedHead(timer, trainers.our_student, "fused_linear_divergence", "trl_opd.kernels") as watched:
+    with WatchedHead(timer, trainers.our_head, "fused_linear_divergence", "trl_opd.kernels") as watched:
         timed = vars(Late)["backward"]
         watched.refresh()
         assert timed is not original and vars(Late)["backward"] is timed  # wrapped once

@@ -159,8 +159,6 @@ class Objective:
             token_weight = token_weights(weightings, self._rollout_stats(inputs, mask))
         # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
         inputs = dict(inputs)
-        if trainer.has_rewards:
-            inputs["advantages"] = args.reward_coef * inputs["advantages"]
         if self.uses_distributions and "old_per_token_logps" in inputs:
             # The head leaves the log-probs of tokens outside the loss at 0: a ratio to their old ones would overflow
             inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)

@@ -268,7 +268,9 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._teacher_side.begin(inputs)
         self._groups.begin()
         output = super()._generate_and_score_completions(inputs)
-        if not self.has_rewards:
+        if self.has_rewards:
+            output["advantages"] = output["advantages"] * self.args.reward_coef
+        else:
             self._forget_placeholder()
         self._rollouts.mark(output)
         self._groups.finish(output, inputs, self._teacher_side.completions)

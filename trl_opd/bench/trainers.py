@@ -16,7 +16,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import distillation_trainer
 
 from .. import OnPolicyDistillConfig, OnPolicyDistillTrainer
-from .. import student as our_student
+from .. import distill_head as our_head
 from .phases import PhaseTimer, WatchedHead, watch
 
 
@@ -129,7 +129,7 @@ def _random_rollouts(args: argparse.Namespace, with_logprobs: bool) -> Any:
 def watched_head(name: str, clock: StepClock) -> Iterator[None]:
     """Timers around what a trainer calls for its head."""
     if name == "ours":
-        head = WatchedHead(clock.timer, our_student, "fused_linear_divergence", "trl_opd.kernels")
+        head = WatchedHead(clock.timer, our_head, "fused_linear_divergence", "trl_opd.kernels")
     else:
         head = WatchedHead(clock.timer, distillation_trainer, "_chunked_divergence_loss", "trl.kernels")
     with head:
