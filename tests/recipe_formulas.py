@@ -12,6 +12,7 @@ from typing import Any
 import textbook
 import torch
 from steps import forward_kl, full_logprobs, jsd, loss_mask, reverse_kl, sampled
+from tiny import make_tokenizer
 from torch import Tensor
 
 
@@ -147,11 +148,12 @@ def distillm2(x: Scene) -> Tensor:
 def revisiting(x: Scene) -> tuple[Tensor, Tensor]:
     s, t = (normal(p) for p in take(x, x.t.topk(32).indices))
     mask, ids = x.mask.clone(), x.inputs["completion_ids"]
-    for special in (0, 1, 2, 3):  # padding, end, <|im_start|>, <|im_end|>: the first of each
+    for special in (0, 1):  # the tokenizer's are padding and end: the first of each
         for row in range(len(ids)):
             where = ((ids[row] == special) & x.mask[row].bool()).nonzero()
             if len(where):
                 mask[row, where[0]] = 0.0
+    assert 0 < (x.mask - mask).sum() < x.mask.bool().logical_and(ids < 2).sum(), "each comes once at most"
     return reverse_kl(s, t), mask
 
 
@@ -172,7 +174,8 @@ def minillm(x: Scene) -> Tensor:
 
 def reopold(x: Scene) -> Tensor:
     kept = x.entropy[x.mask.bool()].sort(descending=True).values
-    chosen = x.entropy >= kept[math.ceil(0.2 * len(kept)) - 1]
+    chosen = x.entropy >= kept[math.floor(0.2 * len(kept)) - 1]
+    assert bool((chosen & x.mask.bool() & (x.gap < -2.2)).any())
     return x.surrogate(chosen * x.gap.clamp(min=-2.2))
 
 
@@ -181,7 +184,9 @@ def top_16(x: Scene) -> Tensor:
 
 
 def eopd(x: Scene) -> Tensor:
-    return opd(x) + (x.teacher_entropy > 0.8) * top_16(x)
+    unsure = x.teacher_entropy > 0.8
+    assert 0 < unsure[x.mask.bool()].double().mean() < 1
+    return opd(x) + unsure * top_16(x)
 
 
 def aopd(x: Scene) -> Tensor:
@@ -248,7 +253,7 @@ def tip(x: Scene) -> Tensor:
         scaled.append(((value - low) / (high - low)).detach())
     score = 1 - (1 - scaled[0]) * (1 - scaled[1])
     values = score[mask].sort(descending=True).values
-    kept = math.ceil(len(values) / 2)
+    kept = len(values) // 2
     return (score >= values[kept - 1]) * plain(x) * len(values) / kept
 
 
@@ -271,7 +276,7 @@ def freshness(x: Scene) -> Tensor:
 def stable(x: Scene) -> Tensor:
     """The student's start is the first of the references."""
     change = sampled(x.references[0], x.inputs) - x.own
-    held = change.exp() - change - 1
+    held = (change.exp() - change - 1) * (x.own - x.own.detach()).exp()  # TRL's use_bias_correction_kl
     return torch.where(x.ours, plain(x), supervised(x)) + 0.01 * held
 
 
@@ -292,15 +297,15 @@ def ssopd(x: Scene) -> Tensor:
 
 
 def paced(x: Scene) -> Tensor:
-    return x.rates * (1 - x.rates) * supervised(x)
+    """The second stage, on the student's own completions."""
+    return x.rates * (1 - x.rates) * plain(x)
 
 
 def gates(x: Scene) -> Tensor:
-    """Answers are lengths modulo 3, of texts without the special tokens."""
-    ids, mask = x.inputs["completion_ids"], x.mask.bool() & (x.inputs["completion_ids"] > 3)
-    answers = mask.sum(1) % 3
-    share = torch.stack([(answers == a).double().mean() for a in range(3)]).max()
-    return (share >= 0.5) * plain(x) + 0 * ids[..., :1]
+    """The answer of a completion is how many digits it has."""
+    digits = torch.tensor(make_tokenizer()("0123456789")["input_ids"])
+    answers = (torch.isin(x.inputs["completion_ids"], digits) & x.mask.bool()).sum(1)
+    return (answers.bincount().max() >= len(answers) / 2) * plain(x)
 
 
 def direction(x: Scene) -> Tensor:
@@ -333,8 +338,8 @@ def in_band(x: Scene) -> Tensor:
     return x.ratio * inside
 
 
-def rlad(x: Scene) -> Tensor:
-    ratio = (x.own - 0.5 * x.own.detach() - 0.5 * x.other).exp()
+def rlad(x: Scene, anchor: float = 0.5) -> Tensor:
+    ratio = (x.own - anchor * x.own.detach() - (1 - anchor) * x.other).exp()
     a = x.grpo()
     return -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
 
@@ -344,11 +349,15 @@ def rlsd(x: Scene) -> Tensor:
     return x.surrogate(a * (0.5 + 0.5 * (a.sign() * x.gap).exp().clamp(0.8, 1.2)))
 
 
-def on_success(x: Scene) -> Tensor:
+def on_success(x: Scene, injected: int) -> Tensor:
+    """Where nobody passes, the last of the group are the teacher's."""
+    failed = not bool(x.rewards[x.ours].any())
+    assert (~x.ours).sum() == (injected if failed else 0)
     return x.surrogate(x.grpo()) + (x.rewards >= 1) * half_jsd(x)
 
 
 def luffy(x: Scene) -> Tensor:
+    assert (~x.ours).sum() == 1
     p = x.own.exp()
     a = x.grpo(whitened=False)
     shaped = p / (p + 0.1)
@@ -431,8 +440,8 @@ FORMULAS: Mapping[str, Callable[[Scene], Any]] = {
     "nemotron_cascade2": lambda x: x.surrogate(x.ratio.clamp(max=2) * x.gap_then),
     "rlad": rlad,
     "rlsd": rlsd,
-    "kepo": on_success,
-    "hdpo": on_success,
+    "kepo": lambda x: on_success(x, 2),
+    "hdpo": lambda x: on_success(x, 1),
     "pi_distill": lambda x: x.surrogate(x.grpo() + x.gap),
     "luffy": luffy,
     "vold": lambda x: x.surrogate(x.grpo() + x.gap),

@@ -15,7 +15,7 @@ class SkipEmptySteps(TrainerCallback):
     Leave the parameters alone in an optimizer step whose tokens all have weight 0.
 
     Its gradient is zero, but momentum and weight decay would still move the parameters. `distill/skipped_steps` is the
-    share of such steps.
+    share of such steps. (DeepSpeed keeps gradients of its own: there they are counted, and taken.)
     """
 
     def __init__(self, trainer: "OnPolicyDistillTrainer"):

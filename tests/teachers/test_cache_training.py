@@ -211,6 +211,12 @@ REFUSED = {
         {"support": "sampled", "credit": "policy_gradient"},
         "credit must be 'direct' with stored completions",
     ),
+    "half the square": (
+        {"support": "sampled"},
+        {"support": "sampled", "credit": "k2"},
+        "credit must be 'direct' with stored completions, got 'k2'",
+    ),
+    "both credits": ({}, {"credit": "combined"}, "credit must be 'direct' with stored completions, got 'combined'"),
     "too short": ({}, {"max_completion_length": 7}, "max_completion_length must be at least .* 8 tokens, got 7"),
 }
 

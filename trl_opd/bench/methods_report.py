@@ -13,7 +13,8 @@ from .methods_task import HINTED_SHARE, RAW_SHARE
 from .methods_train import COUNTED
 from .plots import new_figure
 
-HEAD = ("method", *(head for _, head, _, _ in METRICS), "own %", "passes", "cost")
+HEAD = ("method", *(head for _, head, _, _ in METRICS), "gain", "own %", "passes", "cost")
+_STARTS = {"plain": "start", "hinted": "start_with_hints"}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -39,10 +40,14 @@ def make_rows(plans: Sequence[Plan], results: Iterable[Mapping[str, Any]]) -> li
     for result in results:
         by_name[result["name"]].append(result)
     unit = {r["seed"]: r["cpu_seconds"] for r in by_name.get(UNIT_OF_COST, ()) if r["status"] == "done"}
+    starts = {
+        kind: {r["seed"]: r["metrics"]["accuracy"] for r in by_name.get(name, ()) if r["status"] == "done"}
+        for kind, name in _STARTS.items()
+    }
     rows = []
     for plan in plans:
         done = sorted((r for r in by_name[plan.name] if r["status"] == "done"), key=lambda r: r["seed"])
-        values = [{**r["metrics"], **_used(r, unit)} for r in done]
+        values = [{**r["metrics"], **_gain(r, starts[plan.start]), **_used(r, unit)} for r in done]
         keys = [key for key in (values[0] if values else ()) if all(key in v for v in values)]
         summary = {key: mean_and_error([v[key] for v in values]) for key in keys}
         rows.append(
@@ -59,6 +64,13 @@ def make_rows(plans: Sequence[Plan], results: Iterable[Mapping[str, Any]]) -> li
             }
         )
     return rows
+
+
+def _gain(result: Mapping[str, Any], starts: Mapping[int, float]) -> dict[str, float]:
+    """Accuracy above that of the same seed's start: what a method did, without how good its start was."""
+    if "tokens" not in result or result["seed"] not in starts:
+        return {}
+    return {"gain": result["metrics"]["accuracy"] - starts[result["seed"]]}
 
 
 def _used(result: Mapping[str, Any], unit: Mapping[int, float]) -> dict[str, float]:
@@ -84,7 +96,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         message = next(iter(row["failed"].values()), "not run yet")
         return [row["name"], f"failed: {message}" if row["failed"] else message]
     columns = [(key, factor, digits) for key, _, factor, digits in METRICS]
-    columns += [("own", 100.0, 0), ("passes", 1.0, 2), ("cost", 1.0, 2)]
+    columns += [("gain", 100.0, 1), ("own", 100.0, 0), ("passes", 1.0, 2), ("cost", 1.0, 2)]
     return [row["name"] + ("*" if row["failed"] else ""), *(_cell(row, *column) for column in columns)]
 
 
@@ -131,6 +143,7 @@ def footnotes(result: Mapping[str, Any]) -> list[str]:
         "KL(t‖s): exact, nats per token, on the student's own samples; forward KL (t): on the teacher's samples. "
         "distinct: different completions among 8 samples of a problem. entropy: nats per token. length: tokens of a "
         "completion.",
+        "gain: points of accuracy above the start of the same seed, so that its error is not that of the starts. "
         "own: the share of tokens that the student of that moment wrote. passes: sequences through teachers and "
         "references, to be scored or to be written, for each completion. cost: CPU seconds of the training without "
         f"the measurements, over those of {UNIT_OF_COST} with the same seed; the sampling of the data set is made "

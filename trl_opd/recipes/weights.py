@@ -162,7 +162,8 @@ RECIPES = (
         needs=("rewards", "generating_teacher", "group"),
         fidelity="approximation: as described by the abstract; when the phases change is this library's",
         evidence="S",
-        left_out="Pass rates are running ones of 8 rollouts; whether the paper normalises w is not known.",
+        left_out="Pass rates are running ones of 8 rollouts of the student, so that all weigh alike in the first "
+        "stage; whether the paper normalises w is not known.",
         watch="The pass rates: prompts of weight 0 train nothing.",
     ),
     Recipe(
