@@ -105,6 +105,14 @@ TOO_LONG = {
     "teacher_overflow": "skip",
 }
 
+REWARDED = {"reward_funcs": num_tokens_reward, "num_generations": 2}
+
+
+def no_weight(stats):
+    """Token weights of 0."""
+    return torch.zeros_like(stats.student_entropy)
+
+
 # Runs that must be equal in one process and two
 RUNS = {
     "dapo": {},
@@ -141,6 +149,16 @@ RUNS = {
         "num_generations": 4,
     },
     "all masked": {"special_token_masking": ["<think>"], "prompts": ["mask", "mask it"] * 4},
+    "local weights": {"token_weighting": "idft"},
+    "weights of positions": {"token_weighting": "position", **PG},
+    "target": {"target": "veto", "divergence": "forward_kl"},
+    "both credits": {"credit": "combined", "divergence": "forward_kl", "discount": 0.9, "return_from_next": True},
+    "whitened": {**PG, "advantage_whitening": "distill"},
+    "whitened with rewards": {**PG, **REWARDED, "advantage_whitening": "mixed", "scale_rewards": "none"},
+    "gate": {**REWARDED, "reward_mix": "gate", "reward_mix_kwargs": {"on": "group_success", "threshold": 1.0}},
+    "pass rates": {**REWARDED, "reward_coef": 0.0, "sample_weighting": "beta_kernel", "max_steps": 4},
+    "no weights at all": {"token_weighting": "two_processes.no_weight", "weight_decay": 0.5},
+    "schedule": {"schedules": {"distill_coef": {"type": "linear", "start": 1.0, "end": 0.2}}},
 }
 
 
