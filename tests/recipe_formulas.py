@@ -369,7 +369,9 @@ def luffy(x: Scene) -> Tensor:
 
 def tilted(x: Scene) -> Tensor:
     gap = x.gap * x.mask
-    return x.surrogate(following(gap) + gap + x.rewards)
+    group = x.inputs["group_rewards"].double()
+    others = (group.sum(1, keepdim=True) - x.rewards) / (group.shape[1] - 1)
+    return x.surrogate(following(gap) + gap + x.rewards - others)
 
 
 FORMULAS: Mapping[str, Callable[[Scene], Any]] = {

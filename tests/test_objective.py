@@ -23,6 +23,7 @@ from tiny import make_model
 from torch import Tensor
 
 from trl_opd import OnPolicyDistillConfig
+from trl_opd.surrogate import leave_one_out
 from trl_opd.teachers.answers import TeacherScoreError
 
 SAMPLED = {"credit": "policy_gradient", "support": "sampled"}
@@ -688,9 +689,19 @@ def test_the_reward_tilt_adds_the_reward_over_beta(tmp_path):
 
     def values(s, inputs, t):
         own = sampled(s, inputs)
-        return -((sampled(t, inputs) - own).detach() + inputs["rewards"][:, None] / 0.5) * own
+        group = inputs["group_rewards"].double()  # of two: the other one's is the baseline
+        tilt = 2 * inputs["rewards"] - group.sum(1)
+        return -((sampled(t, inputs) - own).detach() + tilt[:, None] / 0.5) * own
 
     check(step, values, teacher())
+
+
+def test_the_baseline_of_a_tilt_is_the_mean_of_the_others():
+    nan = math.nan
+    groups = torch.tensor([[1.0, 0.0, 5.0], [2.0, nan, 4.0], [nan, nan, 3.0], [nan, nan, nan]])
+    inputs = {"rewards": groups.flatten(), "group_rewards": groups.repeat_interleave(3, 0)}
+    expected = [1 - 2.5, 0 - 3.0, 5 - 0.5, 2 - 4.0, 0.0, 4 - 2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
+    assert leave_one_out(inputs).tolist() == expected
 
 
 @pytest.mark.parametrize("horizon", [1, 2])

@@ -61,7 +61,7 @@ class Surrogate:
                 shaping = shaping_weights(logps, args.injected_shaping)
                 rewards = torch.where(inputs["on_policy"][:, None], rewards, rewards * shaping)
         if self.objective.target.reward_coef and "rewards" in inputs:
-            rewards = rewards + self.objective.target.reward_coef * inputs["rewards"][:, None].nan_to_num()
+            rewards = rewards + self.objective.target.reward_coef * leave_one_out(inputs)[:, None]
         advantages: Tensor | float = rewards
         if args.reward_mix == "multiply":
             assert teacher is not None
@@ -161,6 +161,19 @@ class Surrogate:
         return ours / self.objective.reduction_weights(batch.loss_mask, batch.inputs["num_items_in_batch"]).clamp(
             min=1e-30
         )
+
+
+def leave_one_out(inputs: Mapping[str, Any]) -> Tensor:
+    """
+    Each completion's reward less the mean of its group's others, `(B,)`: a baseline that leaves the mean gradient as
+    it is. The reward itself of a group of one; 0 where there is none.
+    """
+    own: Tensor = inputs["rewards"]
+    group: Tensor = inputs["group_rewards"]
+    scored = ~group.isnan()
+    others = scored.sum(1) - (~own.isnan()).long()
+    mean = (group.nansum(1) - own.nan_to_num()) / others.clamp(min=1)
+    return (own - mean).nan_to_num()
 
 
 def sampler_logprobs(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -168,7 +168,8 @@ def reward_tilt(beta: float) -> Target:
     The teacher tilted by the reward, ∝ p_T · e^(r/β), over whole completions.
 
     The reverse KL to it is that to the teacher less E[r]/β: the logits are the teacher's, and r/β (`reward_coef` times
-    the reward) joins the advantages. The default is this library's choice.
+    the reward, less the mean reward of the prompt's other completions) joins the advantages. The default is this
+    library's choice.
 
     Paper: of no paper alone; the identity behind KL-regularised reinforcement learning.
     """
