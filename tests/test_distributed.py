@@ -114,3 +114,10 @@ def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one():
             assert torch.equal(resumed["weights"][key], expected), key
         lines = [numbers("resume", run["logs"])[:4] for run in (whole, resumed)]
         assert lines[0] == lines[1]
+
+
+def test_the_gate_of_the_runs_opens_and_shuts():
+    shares = [line["distill/sample_weight"] for line in one_process("gate")["logs"] if "distill/sample_weight" in line]
+    assert shares == [1.0, 0.5, 0.5, 0.0]
+    skipped = [line["distill/skipped_steps"] for line in one_process("gate")["logs"] if "distill/loss" in line]
+    assert skipped == [0.0, 0.0, 0.0, 1.0]

@@ -105,7 +105,7 @@ TOO_LONG = {
     "teacher_overflow": "skip",
 }
 
-REWARDED = {"reward_funcs": num_tokens_reward, "num_generations": 2}
+REWARDED = {"reward_funcs": num_tokens_reward, "rollout_func": rollouts_of_siblings, "num_generations": 2}
 
 
 def no_weight(stats):
@@ -155,7 +155,13 @@ RUNS = {
     "both credits": {"credit": "combined", "divergence": "forward_kl", "discount": 0.9, "return_from_next": True},
     "whitened": {**PG, "advantage_whitening": "distill"},
     "whitened with rewards": {**PG, **REWARDED, "advantage_whitening": "mixed", "scale_rewards": "none"},
-    "gate": {**REWARDED, "reward_mix": "gate", "reward_mix_kwargs": {"on": "group_success", "threshold": 1.0}},
+    "gate": {
+        **REWARDED,
+        "reward_coef": 0.0,
+        "reward_mix": "gate",
+        "reward_mix_kwargs": {"on": "group_success", "threshold": 1.0},
+        "max_steps": 4,
+    },
     "pass rates": {**REWARDED, "reward_coef": 0.0, "sample_weighting": "beta_kernel", "max_steps": 4},
     "no weights at all": {"token_weighting": "two_processes.no_weight", "weight_decay": 0.5},
     "schedule": {"schedules": {"distill_coef": {"type": "linear", "start": 1.0, "end": 0.2}}},
