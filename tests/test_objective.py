@@ -797,3 +797,12 @@ def test_a_reference_that_gives_nan_stops_the_run(tmp_path):
         broken.lm_head.weight[3] = math.nan
     with pytest.raises(TeacherScoreError, match="not finite: nan at completion token"):
         take_step(tmp_path, teacher=teacher(), target="extrapolate", arguments={"reference_model": broken})
+
+
+def test_freshness_sees_the_policy_that_sampled_in_later_iterations(tmp_path):
+    """Without a surrogate too, where nothing else reads the old log-probs."""
+    fields = {"sample_weighting": {"freshness": {"kappa": 1.0}}, "num_iterations": 2, "max_steps": 2}
+    step = take_step(tmp_path, teacher=teacher(), learning_rate=3e-3, **fields)
+    weights = [log["distill/token_weight"] for log in step.trainer.state.log_history[:2]]
+    assert weights[0] == pytest.approx(1.0)
+    assert weights[1] < 0.999

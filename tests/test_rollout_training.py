@@ -23,7 +23,6 @@ from steps import check, forward_kl, record
 from tiny import make_model, make_prompts
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from trl_opd.rollouts import set_max_completion_length
 from trl_opd.teachers import TeacherScoreError
 
 
@@ -324,20 +323,11 @@ def test_missing_columns_are_named_before_a_weight_is_loaded(tmp_path):
 # The length
 
 
-class Grow(TrainerCallback):
-    def __init__(self):
-        self.trainer = None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        set_max_completion_length(self.trainer, 2 + 3 * state.global_step)
-
-
 def test_completions_grow_and_those_that_are_cut_are_trained_on(tmp_path):
-    grow = Grow()
     rows = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a long text"] * 6})
     fields = {"max_steps": 4, "student_fraction": 0.6, "num_generations": 2}
-    trainer = build(tmp_path, rows=rows, model=student(ends=[EOS]), callbacks=[grow], **fields)
-    grow.trainer = trainer
+    fields["schedules"] = {"max_completion_length": {"type": "linear", "start": 2, "end": 14}}
+    trainer = build(tmp_path, rows=rows, model=student(ends=[EOS]), **fields)
     step = record(trainer)
     trainer.train()
     origins = []

@@ -12,7 +12,7 @@ from rollout_fakes import Writer, X, make_args, make_trainer
 
 from trl_opd.injection import failed_groups, injected_rows
 from trl_opd.rollout_checks import check_rollout_columns, check_rollout_fields, check_rollout_sources
-from trl_opd.rollouts import RolloutSources, set_max_completion_length
+from trl_opd.rollouts import RolloutSources
 
 
 def draws(steps=2000, turns=1, length=0, **fields):
@@ -168,22 +168,6 @@ def test_a_group_fails_without_a_reward_above_0():
 
 
 # The length
-
-
-def test_the_length_changes_everywhere():
-    def engine():
-        return SimpleNamespace(max_completion_length=8)
-
-    trainer = SimpleNamespace(args=engine(), max_completion_length=8, use_vllm=False, generation_kwargs={"a": 1})
-    trainer.generation_config = SimpleNamespace(max_new_tokens=8)
-    set_max_completion_length(trainer, 3.6)
-    assert trainer.args.max_completion_length == trainer.max_completion_length == 4
-    assert trainer.generation_config.max_new_tokens == trainer.generation_kwargs["max_new_tokens"] == 4
-    vllm = SimpleNamespace(args=engine(), max_completion_length=8, use_vllm=True, vllm_generation=engine())
-    set_max_completion_length(vllm, 5)
-    assert vllm.vllm_generation.max_completion_length == vllm.max_completion_length == 5
-    with pytest.raises(ValueError, match=r"max_completion_length must be at least 1, got 0\.3"):
-        set_max_completion_length(vllm, 0.3)
 
 
 # Bad input

@@ -156,13 +156,13 @@ class Objective:
         weightings = resolve_token_weighting(args.token_weighting)
         token_weight = None
         if weightings and rollout_only(weightings) and not self.per_token:
-            token_weight = token_weights(weightings, self._rollout_stats(inputs, mask))
+            token_weight = token_weights(weightings, self._rollout_stats(inputs, mask), check=False)
         # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
         inputs = dict(inputs)
         if self.uses_distributions and "old_per_token_logps" in inputs:
             # The head leaves the log-probs of tokens outside the loss at 0: a ratio to their old ones would overflow
             inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(~loss_mask, 0.0)
-            if not self.surrogate:
+            if not self.surrogate and not self.per_token:  # neither a ratio nor a weighting reads them
                 del inputs["old_per_token_logps"]
         if ratio is not None and args.importance_weighting != "clip":  # this one has the sampler's ratio in it
             inputs["importance_sampling_ratio"] = torch.ones_like(ratio)

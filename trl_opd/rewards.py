@@ -29,31 +29,6 @@ from .resolve import nearest_name
 GATES = ("success", "failure", "group_failure", "group_success", "mixed_group", "consensus")
 
 
-def add(
-    reward_advantages: Tensor, distill_advantages: Tensor, reward_coef: float = 1.0, distill_coef: float = 1.0
-) -> Tensor:
-    """
-    `reward_coef` · A_reward + `distill_coef` · A_distill; a coefficient of 0 leaves the other term as it is.
-
-    Args:
-        reward_advantages (`torch.Tensor`): GRPO's advantages, `(B, 1)` or `(B, T)`.
-        distill_advantages (`torch.Tensor`): Those of the distillation, `(B, T)`.
-        reward_coef (`float`, *optional*, defaults to `1.0`): Coefficient of the rewards.
-        distill_coef (`float`, *optional*, defaults to `1.0`): Coefficient of the distillation.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
-
-    Paper: [On-Policy Distillation](https://doi.org/10.64434/tml.20251026) (Thinking Machines);
-    [MiMo-V2-Flash](https://huggingface.co/papers/2601.02780); [SOD](https://huggingface.co/papers/2605.07725).
-    """
-    reward = (reward_coef * reward_advantages).expand_as(distill_advantages)
-    if distill_coef == 0:
-        return reward
-    distill = distill_coef * distill_advantages
-    return distill if reward_coef == 0 else reward + distill
-
-
 def multiply_sign_preserving(
     reward_advantages: Tensor, gap: Tensor, strength: float = 0.5, clip: float = 0.2, mask: Tensor | None = None
 ) -> Tensor:

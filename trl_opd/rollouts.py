@@ -333,34 +333,5 @@ class _Follow(TrainerCallback):
             self.sources.buffer.commit()
 
 
-def set_max_completion_length(trainer: Any, value: float) -> None:
-    """
-    Change how long completions may be from the next generation batch on, everywhere that GRPOTrainer copied it to.
-
-    A completion that is cut has no end-of-sequence id, and is trained on: leave `mask_truncated_completions` off.
-    `loss_type="dr_grpo"` divides by the length, so that a shorter one makes the same tokens weigh more. A vLLM engine
-    in the process reserves room when it is built: begin with the longest length in the configuration.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]): The run.
-        value (`float`): Tokens, rounded.
-
-    Raises:
-        ValueError: If that is below 1.
-    """
-    length = round(value)
-    if length < 1:
-        raise ValueError(
-            f"max_completion_length must be at least 1, got {value!r}. Without completion tokens there is nothing to "
-            "train on. Begin its schedule at 1 or more."
-        )
-    trainer.args.max_completion_length = trainer.max_completion_length = length
-    if trainer.use_vllm:
-        trainer.vllm_generation.max_completion_length = length
-        return
-    trainer.generation_config.max_new_tokens = length
-    trainer.generation_kwargs["max_new_tokens"] = length
-
-
 def _float(value: int) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)

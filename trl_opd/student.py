@@ -67,7 +67,6 @@ class MicroBatch:
     # What the objective makes of it
     direct: Tensor | None = None  # the loss beside GRPO's surrogate, before its coefficient
     token_weights: Tensor | None = None  # (B, T)
-    gap: Tensor | None = None  # (B, T), teacher − student log-prob of the sampled tokens
     advantages: Tensor | None = None  # (B, T), the distillation's
     importance: Tensor | None = None  # (B, T), weights of the ratio to the sampling policy
 

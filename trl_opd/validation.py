@@ -13,6 +13,7 @@ from .sample_weights import resolve_sample_weighting
 from .slots import check_slots
 from .targets import check_target
 from .token_weights import resolve_token_weighting
+from .weighting import OCCURRENCES
 
 if TYPE_CHECKING:
     from .config import OnPolicyDistillConfig
@@ -24,7 +25,6 @@ ADVANTAGE_SIGNALS = ("log_ratio", "teacher_q")
 BASELINES = ("none", "kl")
 WHITENINGS = ("none", "distill", "mixed")
 IMPORTANCE_WEIGHTINGS = ("clip", "truncate", "band")
-OCCURRENCES = ("all", "first")
 SYNC_RATE = 0.05
 SYNCS = ("frozen", "ema", "every_n", "live")
 TEMPLATES = ("own", "student")
