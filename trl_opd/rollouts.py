@@ -17,12 +17,12 @@ from torch.nn import functional
 from transformers import TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
 
-from .alarms import stop_together
 from .completions import dataset_completion
 from .injection import find_failures, injected_rows
 from .replay_buffer import ReplayBuffer, Replayed
 from .rollout_checks import is_scheduled, samples_student_only
 from .sample_weights import resolve_sample_weighting
+from .stopping import stop_together
 from .teachers.base import teacher_name
 from .teachers.generation import generate_from_teacher, teacher_prompts
 

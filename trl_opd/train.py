@@ -84,13 +84,13 @@ def load_splits(script_args: OnPolicyDistillScriptArguments, mixture: DatasetMix
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, train, save."""
-    parser = RecipeParser(
-        (OnPolicyDistillScriptArguments, OnPolicyDistillConfig, ModelConfig, DatasetMixtureConfig),
-        prog="trl-opd train",
-    )
-    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+def make_trainer(
+    script_args: OnPolicyDistillScriptArguments,
+    args: OnPolicyDistillConfig,
+    model_args: ModelConfig,
+    mixture: DatasetMixtureConfig,
+) -> tuple[OnPolicyDistillTrainer, Any]:
+    """The trainer of a parsed command line, and its dataset."""
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path must be given, got none. There is no student to train.")
     args.model_init_kwargs = {
@@ -119,6 +119,17 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    return trainer, dataset
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, train, save."""
+    parser = RecipeParser(
+        (OnPolicyDistillScriptArguments, OnPolicyDistillConfig, ModelConfig, DatasetMixtureConfig),
+        prog="trl-opd train",
+    )
+    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    trainer, _ = make_trainer(script_args, args, model_args, mixture)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:

@@ -18,11 +18,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .alarms import BadScore, describe, stop_together
+from .alarms import AlarmCallback
 from .checks import Run, check_run
 from .collators import RoutedScores, Scores
 from .config import OnPolicyDistillConfig
+from .diagnostics import Diagnostics
 from .distill_head import distillation_head
+from .doctor import preflight
 from .empty_steps import SkipEmptySteps
 from .groups import Groups
 from .heads import add_head_branch
@@ -30,9 +32,11 @@ from .metrics import TokenMetrics, add_metrics
 from .objective import Objective
 from .preflight import check_mix, check_reward_group
 from .recipes import add_to_model_card, paper_of
+from .record import RunRecorder
 from .rollouts import RolloutSources
 from .schedule_callback import ScheduleCallback
 from .schedules import resolve_schedules
+from .stopping import BadScore, describe, stop_together
 from .student import MicroBatch, StudentOutput, find_bad_loss, find_bad_token
 from .teacher_preflight import check_references, check_teacher
 from .teacher_side import TeacherSide
@@ -40,6 +44,8 @@ from .teachers import RoutedTeacher, resolve_teacher
 from .teachers.answers import is_dense
 from .teachers.base import leaves, teacher_name
 from .teachers.target import TargetTeacher
+from .token_view import TokenView
+from .trackers import TrackerCallback
 from .views import TeacherView
 from .weighting import mask_token_ids, special_token_ids
 
@@ -154,25 +160,25 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         check_references(args, teacher, references)
         if references:
             teacher = TargetTeacher([teacher, *references], args)
-        check_run(
-            Run(
-                args=args,
-                model=model,
-                teacher=teacher,
-                has_rewards=not no_rewards,
-                datasets={"train_dataset": train_dataset, "eval_dataset": eval_dataset},
-                processing_class=processing_class,
-                peft_config=peft_config,
-                teacher_view=teacher_view,
-                num_references=len(references),
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+        run = Run(
+            args=args,
+            model=model,
+            teacher=teacher,
+            has_rewards=not no_rewards,
+            datasets={"train_dataset": train_dataset, "eval_dataset": eval_dataset},
+            processing_class=processing_class,
+            peft_config=peft_config,
+            teacher_view=teacher_view,
+            num_references=len(references),
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
+        check_run(run)
         self.shared_vocab_size, teacher_tokenizers = check_teacher(
             teacher, model, args, processing_class, teacher_processing_class
         )
+        self.findings = [] if teacher is None else preflight(run, teacher_tokenizers)
 
         self.teacher: Any = teacher
         self._micro_batch: MicroBatch | None = None
@@ -222,7 +228,10 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         if hasattr(teacher, "prepare"):
             teacher.prepare(self)
         self._teacher_side = TeacherSide(self, teacher, teacher_tokenizers, teacher_view)
-        self.add_callback(SkipEmptySteps(self))
+        self._diagnostics, self._token_view = Diagnostics(self), TokenView(self)
+        self.recorder = RunRecorder(self)
+        for callback in (SkipEmptySteps(self), AlarmCallback(self), self.recorder, TrackerCallback(self)):
+            self.add_callback(callback)
 
     @staticmethod
     def _promote(args: GRPOConfig | None, model: Any) -> OnPolicyDistillConfig:
@@ -276,6 +285,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._groups.finish(output, inputs, self._teacher_side.completions)
         self._teacher_side.finish(output)
         output["num_distill_tokens"] = self.accelerator.gather(self.distill_mask(output).sum()).sum().float()
+        for watcher in (self._diagnostics, self._token_view):
+            watcher.note_rollouts(output, inputs)
         return output
 
     def _generate(self, prompts: list) -> tuple:
@@ -368,6 +379,8 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         )
         self.objective.finish(batch, logps, entropies)
         add_metrics(self.mode_metrics, batch, logps, entropies, self.args, self.accumulation)
+        for watcher in (self._diagnostics, self._token_view):
+            watcher.note_tokens(batch, logps.detach(), entropies.detach())
         return logps, entropies, aux_loss
 
     def _head_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
@@ -476,6 +489,11 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             add_to_model_card(self.args, os.path.join(self.args.output_dir, "README.md"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.teacher is None:
+            return super().log(logs, start_time)
         mode = "train" if self.model.training else "eval"
+        self._diagnostics.before_log(logs)
         self._metrics[mode].update(self._token_metrics[mode].compute(self.accelerator))
+        self._token_view.before_log()
         super().log(logs, start_time)
+        self._token_view.after_log()

@@ -31,6 +31,8 @@ TEMPLATES = ("own", "student")
 OVERFLOWS = ("error", "skip")
 QUANTIZATIONS = ("int8", "bnb_8bit", "bnb_4bit")
 OFFLOADS = ("model", "layers")
+PREFLIGHTS = ("warn", "strict", "off")
+ALARM_ACTIONS = ("warn", "stop", "off")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -61,6 +63,7 @@ def check_names(args: "OnPolicyDistillConfig") -> None:
         ("advantage_whitening", WHITENINGS),
         ("importance_weighting", IMPORTANCE_WEIGHTINGS),
         ("special_token_occurrence", OCCURRENCES),
+        ("preflight", PREFLIGHTS),
     ):
         value = getattr(args, name)
         if name == "credit" and value == "k1":
@@ -156,6 +159,13 @@ def check_ranges(args: "OnPolicyDistillConfig") -> None:
             "A negative one would train away from the teacher or the reward.",
             "Set 0 to turn the term off.",
         )
+    require(
+        "token_view",
+        isinstance(args.token_view, int) and not isinstance(args.token_view, bool) and args.token_view >= 0,
+        "a whole number of at least 0",
+        "It counts completions.",
+        "Set 0 to keep none.",
+    )
     require(
         "overlap_top_k",
         isinstance(args.overlap_top_k, int) and args.overlap_top_k >= 0,

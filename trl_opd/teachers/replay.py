@@ -89,7 +89,7 @@ class Replay:
         missing = [h for h in everyone if h not in self.reader.prompts]
         if not missing:
             return
-        from ..alarms import stop_together
+        from ..stopping import stop_together
 
         ours = next((p for p, h in zip(prompts, hashes, strict=True) if h not in self.reader.prompts), None)
         shown = "of another process" if ours is None else shorten(ours)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...findings import Finding
 from .client import Failed, WrongAnswer
 from .protocols import PROTOCOLS, Answer, Question, ServerProtocol
 from .servers import Server
@@ -18,27 +19,6 @@ PROBE = "The quick brown fox jumps over the lazy dog. 0123456789, f(x) = 2x + 1;
 _LIKELY = -7.0  # nats: scores of less likely entries may differ more
 _DIFFERENT = 0.5  # nats: more than rounding
 _NEIGHBOURS = 8
-
-
-@dataclass
-class Finding:
-    """
-    One thing that was looked at.
-
-    Args:
-        check (`str`): What.
-        severity (`str`): `"ok"`, `"warning"` or `"error"`.
-        seen (`str`), why (`str`), do (`str`): What was found, what it breaks, what mends it.
-    """
-
-    check: str
-    severity: str
-    seen: str
-    why: str = ""
-    do: str = ""
-
-    def __str__(self) -> str:
-        return " ".join(part for part in (f"{self.check}: {self.seen.rstrip('.')}.", self.why, self.do) if part)
 
 
 @dataclass
