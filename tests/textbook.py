@@ -5,6 +5,7 @@ Nothing here uses trl_opd. Shapes: N tokens, V vocabulary, H hidden. `s` is the 
 teacher's, both `(..., V)` and positive; the value is `(...)`. What a method detaches is detached here too.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -52,6 +53,22 @@ def alpha_beta_divergence(s: Tensor, t: Tensor, alpha: float, beta: float) -> Te
 def todi(s: Tensor, t: Tensor, scale: float) -> Tensor:
     w = (1 / (1 + (s / t) ** scale)).detach()
     return (w * t * (t / s).log() + (1 - w) * s * (s / t).log()).sum(-1)
+
+
+def overlap_advantage(s: Tensor, t: Tensor, k: int) -> Tensor:
+    """Row by row: both renormalised on the entries in both top k, where ties for the last place all are."""
+
+    def top(p: list[float]) -> set[int]:
+        least = sorted(p, reverse=True)[min(k, len(p)) - 1]
+        return {v for v, x in enumerate(p) if x >= least and x > 0}
+
+    values = []
+    for a, b in zip(s.tolist(), t.tolist(), strict=True):
+        common = top(a) & top(b)
+        own, other = sum(a[v] for v in common), sum(b[v] for v in common)
+        terms = [a[v] / own * (math.log(b[v] / other) - math.log(a[v] / own)) for v in common]
+        values.append(sum(terms) / len(terms) if terms else 0.0)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def head_entries(t: list[float], head_mass: float) -> set[int]:

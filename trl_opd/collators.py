@@ -96,6 +96,9 @@ class TeacherScores:
         topk_logprobs (`torch.Tensor`, *optional*): Their log-probs, `(B, T, K)`.
         sampled_logprobs (`torch.Tensor`, *optional*): Log-probs of the completion tokens, `(B, T)`.
         normalized (`bool`): Whether those are log-probs, and not a combination of some (which may be above 0).
+        sampled_ranks (`torch.Tensor`, *optional*):
+            Ranks of the completion tokens in the teacher's whole vocabulary, `(B, T)`: 1 is its likeliest, 0 is
+            unknown. For diagnostics; nothing is trained on them.
     """
 
     hidden_states: Tensor | None = None
@@ -104,6 +107,7 @@ class TeacherScores:
     topk_logprobs: Tensor | None = None
     sampled_logprobs: Tensor | None = None
     normalized: bool = True
+    sampled_ranks: Tensor | None = None
 
     def select(self, rows: Tensor) -> "TeacherScores":
         """Those of the sequences `rows` (indices, `(R,)`)."""

@@ -24,6 +24,7 @@ _PER_TOKEN = (
     "teacher_entropy",
     "teacher_logprobs",
     "overlap",
+    "overlap_advantage",
     "teacher_logsumexp",
     "target_coef",
 )

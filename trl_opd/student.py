@@ -36,6 +36,7 @@ class StudentOutput(ModelOutput):
     teacher_entropy: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     overlap: Tensor | None = None
+    overlap_advantage: Tensor | None = None
     teacher_logsumexp: Tensor | None = None
     token_weights: Tensor | None = None
     target_coef: Tensor | None = None
@@ -59,6 +60,7 @@ class MicroBatch:
     reduction: Tensor  # (B, T), weights of the one reduction
     weights: Tensor  # (B, T), those times the factors
     factors: Tensor | None = None  # (B,), of whole completions; `None` if all are 1
+    old_logprobs: Tensor | None = None  # (B, T), of the sampled tokens when they were sampled, as GRPO found them
     scores: Scores | None = None
     teachers: Sequence[str] = ()  # names of a routed teacher's members
     # What the student's forward gives
@@ -111,6 +113,22 @@ def sampled_answer(scores: Scores, shape: torch.Size) -> Tensor:
         return whole
     assert isinstance(scores, TeacherScores) and scores.sampled_logprobs is not None
     return scores.sampled_logprobs
+
+
+def sampled_ranks(scores: Scores, shape: torch.Size) -> Tensor | None:
+    """
+    The sampled tokens' ranks under the teacher(s) as the teachers gave them, `(B, T)` float32: 1 is the best, 0 where
+    none is known. `None` where no teacher gave any; a mixture has none.
+    """
+    if isinstance(scores, RoutedScores):
+        parts = [(rows, sampled_ranks(answer, shape)) for rows, answer in scores.parts.values()]
+        whole: Tensor | None = None
+        for rows, ranks in parts:
+            if ranks is not None:
+                whole = ranks.new_zeros(shape) if whole is None else whole
+                whole[rows] = ranks
+        return whole
+    return scores.sampled_ranks if isinstance(scores, TeacherScores) else None
 
 
 def require_scores(scores: Scores, credit: str, name: str) -> None:

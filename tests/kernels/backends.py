@@ -36,6 +36,7 @@ STATISTICS = (
     "overlap",
     "student_logsumexp",
     "teacher_logsumexp",
+    "overlap_advantage",
 )
 
 needs_triton = pytest.mark.skipif(triton_backend is None, reason="no triton for this system")

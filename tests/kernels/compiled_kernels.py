@@ -31,6 +31,7 @@ from trl_opd.losses import DIVERGENCES
 N, V, H, K = 3, 5001, 8, 4
 SOFTCAPS = {"student_softcap": 30.0, "teacher_softcap": 50.0, "temperature": 0.7}
 BIASES = {"student_bias": torch.zeros(V), "teacher_bias": torch.zeros(V)}
+WATCHED = {"overlap_top_k": 64, "statistics": {"teacher_rank": None}}
 CALLS = {name: {"divergence": name} for name in DIVERGENCES if name not in TORCH_ONLY}
 for divergence in ("reverse_kl", "generalized_jsd"):
     CALLS |= {
@@ -38,15 +39,16 @@ for divergence in ("reverse_kl", "generalized_jsd"):
         for what, told in {
             "no gradient": {"no_grad": True},
             "fp32 gradient": {"fp32": True},
-            "everything": SOFTCAPS | BIASES | {"overlap_top_k": 64, "fp32": True},
+            "everything": SOFTCAPS | BIASES | WATCHED | {"fp32": True},
             "per token": {"per_token_grad": True},
-            "per token, everything": SOFTCAPS | BIASES | {"overlap_top_k": 64, "per_token_grad": True},
+            "per token, everything": SOFTCAPS | BIASES | WATCHED | {"per_token_grad": True},
         }.items()
     }
 CALLS |= {
     "bare": {"token_weights": None, "target_ids": None},
     "a student's bias": {"student_bias": torch.zeros(V)},
     "overlap": {"overlap_top_k": 64},
+    "a rank": {"statistics": {"teacher_rank": None}},
 }
 KERNELS = ("dense_kernel", "partial_kernel", "softmax_kernel")
 TOP_K = torch.arange(K).expand(N, K), torch.zeros(N, K)

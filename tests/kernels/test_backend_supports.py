@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import BACKENDS, FP32, FP64, TRITON, ask, assert_gradients, assert_values, represented
-from textbook import CASES, Side, divergence, divergence_on, make_sides, support_of
+from textbook import CASES, Side, divergence, divergence_on, make_sides, overlap_advantage, support_of
 
 pytestmark = pytest.mark.usefixtures("short_blocks")
 NAMES = list(CASES)
@@ -201,6 +201,8 @@ def test_overlap_with_a_top_k_teacher(backend, dtype, k):
     tops = student.probs(temperature).topk(k).indices
     expected = [len({*a.tolist()} & {*b[:k].tolist()}) / k for a, b in zip(tops, ids, strict=True)]
     assert ours.overlap.tolist() == pytest.approx(expected)
+    s, t = student.probs(temperature), teacher.probs(temperature)
+    assert_values(ours.overlap_advantage, overlap_advantage(s, t, k), dtype)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
@@ -218,6 +220,7 @@ def test_a_dense_teacher_on_a_support_keeps_the_statistics_of_the_whole_vocabula
     assert_values(ours.teacher_logsumexp, teacher.logits(temperature).logsumexp(-1), dtype)
     common = [len({*a.topk(4)[1].tolist()} & {*b.topk(4)[1].tolist()}) / 4 for a, b in zip(s, t, strict=True)]
     assert ours.overlap.tolist() == pytest.approx(common)
+    assert_values(ours.overlap_advantage, overlap_advantage(s, t, 4), dtype)
 
 
 @pytest.mark.parametrize("size", [V, V + 4])

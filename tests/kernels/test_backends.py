@@ -23,7 +23,7 @@ from backends import (
     triton_backend,
     truth_of,
 )
-from textbook import CASES, divergence, make_sides
+from textbook import CASES, divergence, make_sides, overlap_advantage
 
 pytestmark = pytest.mark.usefixtures("short_blocks")
 NAMES = list(CASES)
@@ -161,6 +161,7 @@ def test_the_statistics_equal_the_dense_ones(backend, dtype, temperature, target
         "overlap": torch.tensor(common, dtype=FP64),
         "student_logsumexp": student.logits(temperature).detach().logsumexp(-1),
         "teacher_logsumexp": teacher.logits(temperature).logsumexp(-1),
+        "overlap_advantage": overlap_advantage(s, t, 12),
     }
     assert truth.keys() == set(STATISTICS)
     for name, value in truth.items():

@@ -21,7 +21,7 @@ from mixture_cases import (
     truth,
     value_of,
 )
-from textbook import CASES, divergence_on, make_sides, support_of
+from textbook import CASES, divergence_on, make_sides, overlap_advantage, support_of
 
 from trl_opd import fused_linear_divergence
 from trl_opd.kernels import fused
@@ -86,6 +86,7 @@ def test_statistics_are_those_of_the_mixture_or_the_means_over_the_teachers(back
         "overlap": sum(
             w * (p.topk(5).indices[:, :, None] == top[:, None]).any(-1).double().mean(-1) for w, p in alone
         ),
+        "overlap_advantage": sum(w * overlap_advantage(s, p, 5) for w, p in alone),
         "student_entropy": entropy(s),
         "student_logprobs": s.log().gather(1, at)[:, 0],
         "student_logsumexp": student.logits(T).logsumexp(-1),

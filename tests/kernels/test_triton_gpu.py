@@ -94,6 +94,8 @@ def test_the_two_backends_agree_on_the_device(name, kind, per_token_grad):
             arguments["teacher_topk"] = ids, logprobs.float()
         elif kind not in ("full", "none"):
             arguments |= {"support": kind, "support_size": 64}
+        if kind != "none":
+            arguments["statistics"] = {"teacher_rank": None}
         out = fused_linear_divergence(
             **arguments,
             divergence=name,
@@ -107,6 +109,7 @@ def test_the_two_backends_agree_on_the_device(name, kind, per_token_grad):
         if per_token_grad:
             loss = loss + out.student_logprobs.square().sum() + out.student_entropy.square().sum()
         statistics = {s: x.detach() for s in ("divergence", *STATISTICS) if (x := getattr(out, s)) is not None}
+        statistics |= out.further
         results.append((statistics, torch.autograd.grad(loss, ours.leaves)))
     (statistics, gradients), (their_statistics, their_gradients) = results
     assert statistics.keys() == their_statistics.keys()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from textbook import CASES, divergence, divergence_on, support_of
+from textbook import CASES, divergence, divergence_on, overlap_advantage, support_of
 from vocab_parallel_runs import (
     ALL,
     OVERLAP,
@@ -61,6 +61,7 @@ def truth(case: Case) -> dict:
         if case.is_finite:
             out |= {"forward_kl": (t * (t / s).log()).sum(-1), "reverse_kl": (s * (s / t).log()).sum(-1)}
             out["overlap"] = overlap(s.topk(OVERLAP).indices, t.topk(OVERLAP).indices)
+            out["overlap_advantage"] = overlap_advantage(s, t, OVERLAP)
     if case.teacher == "top-k":
         ids = options["teacher_topk"][0]
         bucketed = {"options": options | {"tail": "bucket"}, "s": s.detach(), "t": t}
@@ -68,6 +69,9 @@ def truth(case: Case) -> dict:
             name: expected_divergence(replace(case, name=name), **bucketed) for name in ("forward_kl", "reverse_kl")
         }
         out["overlap"] = overlap(s.topk(K).indices, ids)
+        real = ((ids >= 0) & (ids < V)).double()
+        listed = torch.zeros_like(t).scatter_add(1, ids.clamp(0, V - 1), real)
+        out["overlap_advantage"] = overlap_advantage(s, t * listed, K)
         known = torch.where((ids >= 0) & (ids < V), t.gather(1, ids.clamp(0, V - 1)), 0.0)
         out["teacher_entropy"] = entropy(torch.cat([known, 1 - known.sum(-1, keepdim=True)], dim=-1))
     out = {key: torch.where(keep, x, 0.0) for key, x in out.items()}

@@ -22,7 +22,7 @@ N, V, K, FIRST = 6, 23, 4, 9  # the first process holds 9 entries, the second 14
 SUPPORTS = ("teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k")
 TAILS = ("bucket", "renormalize", "none")
 STATISTICS = ("divergence", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
-STATISTICS += ("student_logprobs", "teacher_logprobs", "overlap")
+STATISTICS += ("student_logprobs", "teacher_logprobs", "overlap", "overlap_advantage")
 OVERLAP = 12  # more than the first process holds
 
 

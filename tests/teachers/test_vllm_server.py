@@ -111,6 +111,8 @@ def test_scores_are_those_of_the_local_teacher(ask, served_model, support, size)
     mask = batch.completion_mask
     sampled = logprobs.gather(-1, batch.completion_ids[..., None]).squeeze(-1)
     torch.testing.assert_close(scores.sampled_logprobs[mask], sampled[mask], rtol=0, atol=1e-3)
+    best, worst = ((logprobs > sampled[..., None] + gap).sum(-1) + 1 for gap in (2e-3, -2e-3))
+    assert (best <= scores.sampled_ranks)[mask].all() and (scores.sampled_ranks <= worst)[mask].all()
     if support == "sampled":
         return
     ids, found = scores.topk_ids[mask], scores.topk_logprobs[mask]

@@ -20,7 +20,7 @@ from .problem import Problem, TokenWeighting
 from .projection import logit_dtype
 from .result import FusedDivergence, make_result
 from .rows import TORCH_ONLY
-from .statistics import check_statistics
+from .statistics import IN_TRITON, check_statistics
 from .supports import check_topk
 from .vocab_parallel import VocabShard, make_shard
 
@@ -138,7 +138,9 @@ def fused_linear_divergence(
         support_size (`int`, *optional*): K of those supports.
         tail (`str`, *optional*, defaults to `"bucket"`):
             What becomes of the entries outside a support: `"bucket"`, `"renormalize"` or `"none"`.
-        overlap_top_k (`int`, *optional*, defaults to `0`): Size of the top sets whose overlap is reported; 0 for none.
+        overlap_top_k (`int`, *optional*, defaults to `0`):
+            Size of the top sets whose overlap, and agreement on what is in both, is reported; 0 for none. Of a top-k
+            teacher the sets are no larger than its list.
         statistics (`Mapping[str, int | None]`, *optional*):
             Further statistics to report in `.further`, by name: `"hellinger"`, `"total_variation"`, `"accepted"`
             (with k), `"teacher_margin"` (with k), `"teacher_rank"`, `"student_rank"`, `"teacher_max_logprob"`; see
@@ -166,8 +168,9 @@ def fused_linear_divergence(
             ZeRO-3 reduces the head's gradient only if the call is made inside the model's own forward.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"` is the chunked reference, `"triton"` does its elementwise work in Triton kernels on CUDA devices
-            (fp32 logits; no `vocab_group`, target, `statistics` or temperature of each row), `"liger"` calls
-            liger-kernel for what it computes correctly. `"auto"` takes Triton where it runs, else PyTorch.
+            (fp32 logits; no `vocab_group`, target or temperature of each row, and of the `statistics` only
+            `teacher_rank`), `"liger"` calls liger-kernel for what it computes correctly. `"auto"` takes Triton where
+            it runs, else PyTorch.
 
     Returns:
         [`FusedDivergence`]
@@ -307,8 +310,9 @@ def _torch_only(
         return "its kernels compare with the teacher itself, not with an affine or contrast target"
     if isinstance(temperature, Tensor):
         return "its kernels take one temperature for all rows"
-    if further:
-        return f"its kernels do not find out statistics={sorted(further)}"
+    unknown = sorted(further.keys() - {*IN_TRITON})
+    if unknown:
+        return f"its kernels do not find out statistics={unknown}"
     return None
 
 

@@ -30,6 +30,7 @@ STATS = (
     "overlap",
     "student_logsumexp",
     "teacher_logsumexp",
+    "overlap_advantage",
 )
 # From the statistics of n rows, by name, `(n,)` each, to a weight each
 TokenWeighting = Callable[[Mapping[str, Tensor]], Tensor]
@@ -117,7 +118,7 @@ class Problem:
         if not self.all_dense:
             missing |= {"teacher_logprobs", "teacher_logsumexp"}
         if not self.overlap_top_k:
-            missing.add("overlap")
+            missing |= {"overlap", "overlap_advantage"}
         if not self.has_teacher:
             missing |= {"divergence", "forward_kl", "reverse_kl", "teacher_entropy"}
         return tuple(name for name in self.stat_names if name not in missing)

@@ -18,8 +18,8 @@ class FusedDivergence:
     its normaliser).
 
     With `mixture="affine"` or `"contrast"` what is said of the teacher (both KLs, `teacher_entropy`,
-    `teacher_logprobs`, `teacher_logsumexp`, `overlap`, `further`) is that of the first teacher, whose units users know
-    and on whose entropy gates depend; `divergence` alone is from the target.
+    `teacher_logprobs`, `teacher_logsumexp`, `overlap`, `overlap_advantage`, `further`) is that of the first teacher,
+    whose units users know and on whose entropy gates depend; `divergence` alone is from the target.
 
     Args:
         loss (`torch.Tensor`):
@@ -38,6 +38,9 @@ class FusedDivergence:
             Log-probs of `target_ids`; `None` without them (the teacher's also with a top-k teacher).
         overlap (`torch.Tensor` or `None`):
             Share of the teacher's top `overlap_top_k` entries that are in the student's; `None` if not asked for.
+        overlap_advantage (`torch.Tensor` or `None`):
+            How far the two agree on the entries in both top sets, at most 0; 0 where they agree, and where no entry is
+            in both. See `supports.overlap_advantage`; `None` as `overlap`.
         student_logsumexp (`torch.Tensor`), teacher_logsumexp (`torch.Tensor` or `None`):
             Log-normalisers of the final logits (after softcap and temperature); the teacher's if it is dense. An
             arithmetic mixture has the normaliser of its first teacher, a geometric one that of the mean logits.
@@ -58,6 +61,7 @@ class FusedDivergence:
     student_logprobs: Tensor | None
     teacher_logprobs: Tensor | None
     overlap: Tensor | None
+    overlap_advantage: Tensor | None
     student_logsumexp: Tensor | None
     teacher_logsumexp: Tensor | None
     rows: Tensor

@@ -29,7 +29,7 @@ _MAX_LOG_RATIO = 50.0
 # Below this value (nats) the textbook KL has lost digits to cancellation and is computed again by `expm1`
 _SMALL_KL = 0.05
 # Log-probs below this are those of logits of -inf, which `normalize` makes finite
-_ABSENT = -1e29
+ABSENT = -1e29
 
 
 class Rows(NamedTuple):
@@ -252,7 +252,7 @@ def _concrete_score(r: Rows, first: str, second: str) -> tuple[Tensor, Gradient]
 def _entry_weights(r: Rows, weighting: str) -> Tensor:
     """`(n, V)`, of sum 1 over the whole vocabulary."""
     if weighting == "uniform":  # over the entries that either model has
-        present = torch.maximum(r.student_logprobs, r.teacher_logprobs) > _ABSENT
+        present = torch.maximum(r.student_logprobs, r.teacher_logprobs) > ABSENT
         (count,) = r.shard.sum(present.sum(-1).to(r.gap.dtype))
         return present / count[:, None]
     return r.student_probs if weighting == "student" else r.teacher_probs

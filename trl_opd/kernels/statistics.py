@@ -32,6 +32,8 @@ from .rows import Rows
 from .supports import Support
 from .vocab_parallel import VocabShard
 
+IN_TRITON = ("teacher_rank",)  # those that the Triton kernels find out
+
 
 class Listed(NamedTuple):
     """A student's distribution, and what is known of a teacher."""
@@ -104,8 +106,15 @@ def student_rank(r: Rows | Listed, target_ids: Tensor) -> Tensor:
 
 def _rank(logprobs: Tensor, target_ids: Tensor, shard: VocabShard) -> Tensor:
     (there,) = shard.sum(shard.at(logprobs, target_ids[:, None]))
-    (larger,) = shard.sum((logprobs > there).sum(-1).to(logprobs.dtype))
+    (larger,) = shard.sum(_num_larger(logprobs, there).to(logprobs.dtype))
     return larger + torch.where(there.squeeze(-1).isnan(), torch.nan, 1.0)  # nothing is larger than a NaN
+
+
+def _num_larger(x: Tensor, bound: Tensor) -> Tensor:
+    """Entries of each row of `x` (n, V) above `bound` (n, 1)."""
+    if x.device.type == "cpu":  # whose sum of booleans takes ten times as long as one of floats
+        return torch.gt(x, bound, out=torch.empty_like(x)).sum(-1)
+    return (x > bound).sum(-1)
 
 
 def teacher_max_logprob(r: Rows) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..losses import DIVERGENCES, forward_kl, reverse_kl
-from .rows import Normalized
+from .rows import ABSENT, Normalized
 from .vocab_parallel import VocabShard
 
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled")
@@ -231,3 +231,35 @@ def overlap_share(student_top: Tensor, at_teacher_ids: Tensor) -> Tensor:
     the teacher's entries (n, K), `-inf` at padding.
     """
     return (at_teacher_ids >= student_top[:, -1:]).to(student_top.dtype).mean(-1)
+
+
+def overlap_advantage(student_top: Tensor, at_teacher_ids: Tensor, teacher_top: Tensor) -> Tensor:
+    r"""
+    Overlap-token advantage: 1/|I| Σ_{v in I} s̄(v) (log t̄(v) − log s̄(v)) in nats, which is −KL(s̄‖t̄) / |I|.
+
+    I holds the entries in both models' top K, s̄ and t̄ are their distributions renormalised on it. Never above 0, and 0
+    exactly where the two agree on I. It is the share of each common entry: times |I| = K · overlap it is −KL(s̄‖t̄).
+
+    Args:
+        student_top (`torch.Tensor`): The student's largest log-probs, `(n, K)`.
+        at_teacher_ids (`torch.Tensor`): Its log-probs at the teacher's top K entries, `(n, K)`, `-inf` at padding.
+        teacher_top (`torch.Tensor`): The teacher's own at those entries, `(n, K)`, likewise.
+
+    Returns:
+        `torch.Tensor`: `(n,)`, float64 (float32 on MPS).
+
+    Paper: "Rethinking On-Policy Distillation of Large Language Models" (https://arxiv.org/abs/2604.13016), Eq. 7.
+    Deviations: where I is empty, and the paper's mean over it undefined, the value is 0 (read it beside the overlap).
+    Entries that a model gives no probability are not in I, or one of them would make the value infinite. Of entries
+    that tie for a model's last place all belong to its top K, or, of the teacher's in PyTorch, as many as fit.
+
+    Other codes under this name: verl (pull request 6469) weighs with the teacher's probabilities,
+    −1/|I| Σ t (log t − log s), and does not renormalise, so that its value may be above 0; some take the sum over I
+    instead of the mean, and some leave tokens without a common entry out of the mean over tokens.
+    """
+    common = (at_teacher_ids >= student_top[:, -1:]) & (at_teacher_ids > ABSENT) & (teacher_top > ABSENT)
+    student, teacher = (
+        _double(x).masked_fill(~common, -math.inf).log_softmax(-1) for x in (at_teacher_ids, teacher_top)
+    )
+    terms = torch.where(common, student.exp() * (teacher - student), 0.0)  # nothing but NaN where no entry is common
+    return (terms.sum(-1) / common.sum(-1).clamp(min=1)).clamp(max=0.0)

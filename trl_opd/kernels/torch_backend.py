@@ -19,6 +19,7 @@ from .statistics import Listed, further_statistics
 from .supports import (
     Support,
     dense_support,
+    overlap_advantage,
     overlap_share,
     scatter_valid,
     select_ids,
@@ -41,6 +42,8 @@ class TorchRows:
     def __init__(self, problem: Problem, stats: Tensor):
         self.p, self.stats, self.dtype = problem, stats, stats.dtype
         self.row_of = {name: i for i, name in enumerate(problem.stat_names)}
+        # Of each block: the student's top log-probs, its own at the teacher's top entries, and the teacher's
+        self.tops: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def run(
         self,
@@ -66,6 +69,10 @@ class TorchRows:
                 gradient is not None,
                 upstream,
             )
+        if self.tops:
+            student_top, at_teacher_ids, teacher_top = (torch.cat(parts) for parts in zip(*self.tops, strict=True))
+            self._set("overlap", sl, overlap_share(student_top, at_teacher_ids))
+            self._set("overlap_advantage", sl, overlap_advantage(student_top, at_teacher_ids, teacher_top))
         weights = None if upstream is not None or self.p.weights is None else self.p.weights[sl].to(self.dtype)
         if gradient is None or gradient is logits:
             return weights
@@ -96,7 +103,7 @@ class TorchRows:
             if wants_stats:
                 self._further(Listed.of(student.logprobs, support, p.shard), sl)
             if support is not None:
-                self._sparse(support, student, sl, logits)
+                self._sparse(support, student, sl, logits, wants_stats)
         logprobs, probs = student.logprobs, student.probs
         entropy = -row_dot(probs, logprobs)
         self._set("student_entropy", sl, entropy)
@@ -132,7 +139,9 @@ class TorchRows:
         self._towards_target(student, teacher, teacher_logits[1:], sl, logits)
         return student
 
-    def _teacher_stats(self, rows: Rows, student: Normalized, teacher: Normalized, sl: slice, further: bool) -> None:
+    def _teacher_stats(
+        self, rows: Rows, student: Normalized, teacher: Normalized, sl: slice, wants_stats: bool
+    ) -> None:
         """What is said about the teacher, whatever is aimed at."""
         p = self.p
         self._set("forward_kl", sl, rows.forward_kl)
@@ -141,13 +150,14 @@ class TorchRows:
         self._set("teacher_logsumexp", sl, teacher.logsumexp)
         if p.target_ids is not None:
             self._set("teacher_logprobs", sl, p.shard.at(rows.teacher_logprobs, p.target_ids[sl, None]).squeeze(-1))
+        if not wants_stats:
+            return
         if p.overlap_top_k:
             k = min(p.overlap_top_k, p.shard.total)
-            (values, _), (_, ids) = p.shard.top_k(student.logprobs, teacher.logprobs, k=k)
+            (values, _), (teacher_values, ids) = p.shard.top_k(student.logprobs, teacher.logprobs, k=k)
             (found,) = p.shard.sum(p.shard.at(student.logprobs, ids))
-            self._set("overlap", sl, overlap_share(values, found))
-        if further:
-            self._further(rows, sl)
+            self.tops.append((values, found, teacher_values))
+        self._further(rows, sl)
 
     def _further(self, known: Rows | Listed, sl: slice) -> None:
         for name, value in further_statistics(
@@ -188,13 +198,13 @@ class TorchRows:
         support = dense_support(student, teacher, ids, p.shard, complete=p.support_size >= p.shard.total)
         self._on_support(support, student.probs, sl, grad, stats=False)
 
-    def _sparse(self, support: Support, student: Normalized, sl: slice, grad: Tensor) -> None:
+    def _sparse(self, support: Support, student: Normalized, sl: slice, grad: Tensor, wants_stats: bool) -> None:
         p = self.p
-        if p.overlap_top_k:
+        if p.overlap_top_k and wants_stats:
             k = min(p.overlap_top_k, support.ids.shape[1], p.shard.total)
-            top = support.teacher_logprobs.topk(k, dim=-1).indices
+            teacher_values, top = support.teacher_logprobs.topk(k, dim=-1)
             ((values, _),) = p.shard.top_k(student.logprobs, k=k)
-            self._set("overlap", sl, overlap_share(values, support.student_logprobs.gather(-1, top)))
+            self.tops.append((values, support.student_logprobs.gather(-1, top), teacher_values))
         self._on_support(support, student.probs, sl, grad, stats=True)
 
     def _on_support(self, support: Support, student_probs: Tensor, sl: slice, grad: Tensor, stats: bool) -> None:

@@ -18,8 +18,17 @@ import triton
 from torch import Tensor
 
 from . import triton_rows as kernels
-from .problem import ROOM, STATS, Problem, Upstream
-from .supports import Support, known_teacher, overlap_share, scatter_valid, select_ids, support_divergence
+from .problem import ROOM, Problem, Upstream
+from .statistics import Listed, further_statistics
+from .supports import (
+    Support,
+    known_teacher,
+    overlap_advantage,
+    overlap_share,
+    scatter_valid,
+    select_ids,
+    support_divergence,
+)
 from .triton_cores import CENTRED, parameters
 
 _INTERPRET: bool = triton.knobs.runtime.interpret  # read once, as `triton.jit` does
@@ -101,7 +110,7 @@ class TritonRows:
         logits (`torch.Tensor`): The student's logits without bias, `(n, V)` fp32; overwritten.
         teacher_logits (`torch.Tensor` or `None`): The teacher's, likewise.
         biases (`tuple`): Of the two heads, `(V,)` fp32 each or `None`.
-        stats (`torch.Tensor`): `(len(STATS), n)` fp32, written.
+        stats (`torch.Tensor`): `(len(p.stat_names), n)` fp32, written.
         gradient (`torch.Tensor` or `None`):
             `(n, V)`, written: the gradient of Σ weight · divergence, or of `upstream`, in the raw logits. May be
             `logits`.
@@ -122,7 +131,10 @@ class TritonRows:
     ):
         self.p, self.logits, self.teacher_logits, self.sl = p, logits, teacher_logits, sl
         self.stats, self.gradient = stats, gradient
-        self.row_of = {name: i for i, name in enumerate(STATS)}
+        self.row_of = {name: i for i, name in enumerate(p.stat_names)}
+        # A backward pass has no use for statistics that the divergence does not need
+        self.overlap_top_k = p.overlap_top_k if upstream is None else 0
+        self.further = p.further if upstream is None else {}  # the target's rank under the teacher, or nothing
         assert isinstance(p.temperature, float)  # `dispatch._torch_only` has seen to it
         temperature = p.temperature
         self.shaping = _Shaping.of(p.student_logit_scale, p.student_softcap, temperature, biases[0])
@@ -162,7 +174,8 @@ class TritonRows:
         student, teacher = self.shaping, self.teacher_shaping
         p0, p1 = parameters(divergence, p.params) if divergence == p.divergence else (0.0, 0.0)
         upstream = self.logprob_weight is not None
-        top_k = min(p.overlap_top_k, p.vocab_size)
+        top_k = min(self.overlap_top_k, p.vocab_size)
+        rank = "teacher_rank" in self.further
         sum_of_a = divergence not in CENTRED or upstream
         _launch(
             kernels.dense_kernel, logits,
@@ -171,12 +184,13 @@ class TritonRows:
             logits.shape[1], _width(logits), logits.stride(0), teacher_logits.stride(0),
             (logits if gradient is None else gradient).stride(0), self.stats.stride(0), norms.stride(0),
             student.inner, student.outer, student.slope, teacher.inner, teacher.outer, p0, p1,
-            top_k,
+            top_k, self.row_of["teacher_rank"] if rank else 0,
             registers_heavy=sum_of_a, least_block=top_k,  # `top_threshold` starts from a block's k-th largest
             DIVERGENCE=divergence, GRADIENT=gradient is not None, SUM_OF_A=sum_of_a,
             STUDENT_SHAPED=student.needed, STUDENT_BIAS=student.bias is not None, STUDENT_SOFTCAP=student.softcap,
             TEACHER_SHAPED=teacher.needed, TEACHER_BIAS=teacher.bias is not None, TEACHER_SOFTCAP=teacher.softcap,
             TARGET=self.targets is not None, WEIGHT=self.weight is not None, UPSTREAM=upstream, OVERLAP=top_k > 0,
+            RANK=rank,
         )  # fmt: skip
         return norms
 
@@ -224,10 +238,12 @@ class TritonRows:
             ids = p.topk[0][self.sl]
             ids = ids.masked_fill(ids >= p.vocab_size, -1)
             z = _take(logits, ids)
-            if p.overlap_top_k:
-                k = min(p.overlap_top_k, ids.shape[1], p.vocab_size)
-                top = p.topk[1][self.sl].masked_fill(ids < 0, -torch.inf).topk(k, dim=-1).indices
-                self.set("overlap", overlap_share(logits.topk(k, dim=-1).values, z.gather(-1, top)))
+            if self.overlap_top_k:
+                k = min(self.overlap_top_k, ids.shape[1], p.vocab_size)
+                listed, top = p.topk[1][self.sl].masked_fill(ids < 0, -torch.inf).topk(k, dim=-1)
+                best, there = logits.topk(k, dim=-1).values, z.gather(-1, top)
+                self.set("overlap", overlap_share(best, there))
+                self.set("overlap_advantage", overlap_advantage(best, there, listed))
             scatter_valid(logits, ids, torch.full_like(z, _LOWEST))
         maximum, total, weighted = self._sums(logits).double()
         # Rest and support put together, in float64
@@ -248,6 +264,9 @@ class TritonRows:
             support = None
         else:
             support = known_teacher(ids, log_s.float(), (scale * total).float(), p.topk[1][self.sl], p.vocab_size)
+            known = Listed.of(logits, support, p.shard)  # (the student's rank is not asked for)
+            for name, value in further_statistics(self.further, known, self.targets).items():
+                self.set(name, value)
         self._on_support(support, z, largest, log_sum, entropy.float())
 
     def _on_support(

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 
 from .triton_cores import core, kl_terms, tanh, weight_of
-from .triton_search import LOWEST, adaptive_weight, load_logits, top_threshold
+from .triton_search import ABSENT, LOWEST, adaptive_weight, load_logits, overlap_advantage, rank_of, top_threshold
 
 _INFINITE = tl.constexpr(1e20)  # a sum that met LOWEST
-_ABSENT = tl.constexpr(-1e29)  # a logit below is LOWEST
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def _means(
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student_row, cols, vocab_size, width)
         zt = load_logits(teacher_row, cols, vocab_size, width)
-        count += tl.where(tl.maximum(zs, zt) > _ABSENT, 1.0, 0.0)
+        count += tl.where(tl.maximum(zs, zt) > ABSENT, 1.0, 0.0)
     share = 1.0 / tl.sum(count, 0)
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
@@ -99,14 +98,14 @@ def _means(
         zt = load_logits(teacher_row, cols, vocab_size, width)
         s = tl.where(valid, tl.exp((zs - s_max) - s_log), 0.0)
         t = tl.where(valid, tl.exp((zt - t_max) - t_log), 0.0)
-        uniform = tl.where(tl.maximum(zs, zt) > _ABSENT, share, 0.0)
+        uniform = tl.where(tl.maximum(zs, zt) > ABSENT, share, 0.0)
         gap = (zs - zt) - shift
         first += weight_of(p0, s, t, uniform) * gap
         second += weight_of(p1, s, t, uniform) * gap
     return tl.sum(first, 0), tl.sum(second, 0), share
 
 
-@triton.jit(do_not_specialize=["stats_stride", "norms_stride", "top_k"])
+@triton.jit(do_not_specialize=["stats_stride", "norms_stride", "top_k", "rank_index"])
 def dense_kernel(
     student_ptr,  # (n, V) fp32 logits; with SHAPED they become the final ones
     teacher_ptr,  # (n, V) fp32 logits; scratch where the gradient takes a third pass
@@ -117,7 +116,7 @@ def dense_kernel(
     weight_ptr,  # (n,) fp32, of the divergence's gradient
     logprob_weight_ptr,  # (n,) fp32, of the target log-prob's gradient
     entropy_weight_ptr,  # (n,) fp32, of the student entropy's gradient
-    stats_ptr,  # (10, n) fp32, in the order of `problem.STATS`
+    stats_ptr,  # (.., n) fp32, in the order of `problem.STATS`; with RANK there is a row for it
     norms_ptr,  # (4, n) fp32: maximum and log Σ exp(z − maximum) of the student, then of the teacher
     vocab_size,
     width,  # room of a row, a multiple of 64
@@ -134,6 +133,7 @@ def dense_kernel(
     p0,
     p1,
     top_k,
+    rank_index,  # of the target's rank under the teacher among the statistics
     DIVERGENCE: tl.constexpr,
     GRADIENT: tl.constexpr,
     SUM_OF_A: tl.constexpr,  # whether Σ a is not 0, or must be known before the gradient for another reason
@@ -147,6 +147,7 @@ def dense_kernel(
     WEIGHT: tl.constexpr,
     UPSTREAM: tl.constexpr,
     OVERLAP: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -203,12 +204,17 @@ def dense_kernel(
         target = tl.load(target_ptr + row)
         tl.store(stats_row + 5 * stats_stride, _log_prob(student_row, target, s_max, s_log))
         tl.store(stats_row + 6 * stats_stride, _log_prob(teacher_row, target, t_max, t_log))
+        if RANK:
+            rank = rank_of(teacher_row, target, t_log, vocab_size, width, BLOCK)
+            tl.store(stats_row + rank_index * stats_stride, rank)
         tl.debug_barrier()  # before the gradient overwrites them
     s_threshold = s_max
     t_threshold = t_max
     if OVERLAP:
         s_threshold = top_threshold(student_row, s_top, top_k, vocab_size, width, BLOCK)
         t_threshold = top_threshold(teacher_row, t_top, top_k, vocab_size, width, BLOCK)
+        advantage = overlap_advantage(student_row, teacher_row, s_threshold, t_threshold, vocab_size, width, BLOCK)
+        tl.store(stats_row + 10 * stats_stride, advantage)
     row0 = 0.0
     row1 = 0.0
     share = 0.0  # of each entry that either model has, in uniform weights
@@ -246,7 +252,7 @@ def dense_kernel(
         forward, reverse, distance = kl_terms(s, t, gap)
         uniform = 0.0
         if DIVERGENCE == "concrete_score":
-            uniform = tl.where(tl.maximum(zs, zt) > _ABSENT, share, 0.0)
+            uniform = tl.where(tl.maximum(zs, zt) > ABSENT, share, 0.0)
         value, a = core(
             DIVERGENCE, s, t, log_s, log_t, gap, distance, x - mean, forward, reverse, uniform, row0, row1, p0, p1
         )

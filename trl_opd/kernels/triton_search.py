@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Searches of the Triton row kernels that PyTorch would sort for: the k-th largest logit, and the adaptive KL's weight.
+What the Triton row kernels find out where PyTorch would sort: the k-th largest logit and the top sets' advantage, a
+rank, the adaptive KL's weight.
 
-Both bisect over the bits of a float, whose order as integers is that of the numbers.
+Bisection is over the bits of a float, whose order as integers is that of the numbers.
 """
 
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 from .triton_cores import kl_terms
 
 LOWEST = tl.constexpr(-1e30)  # of a logit; a finite number whose probability is zero
+ABSENT = tl.constexpr(-1e29)  # a logit below is LOWEST
 
 
 @triton.jit
@@ -67,6 +69,69 @@ def top_threshold(row_ptr, lane_maxima, k, vocab_size, width, BLOCK: tl.constexp
             above += tl.sum(higher.to(tl.int32), 0)
             candidate = tl.minimum(candidate, tl.min(tl.where(higher, z, float("inf")), 0))
     return threshold
+
+
+@triton.jit
+def _in_both(zs, zt, s_threshold, t_threshold):
+    """Which entries are in both top sets, with a probability."""
+    return (zs >= s_threshold) & (zt >= t_threshold) & (tl.minimum(zs, zt) > ABSENT)
+
+
+@triton.jit
+def overlap_advantage(student_row, teacher_row, s_threshold, t_threshold, vocab_size, width, BLOCK: tl.constexpr):
+    """
+    `supports.overlap_advantage` of a row, from the top sets' least logits.
+
+    Relative to the common entries' maxima, that nothing underflows, and with x = Σ t / Σ s − 1 as
+    −(Σ (s log s/t − s + t) / Σ s − (x − log(1 + x))): both terms are of second order where the models almost agree.
+    """
+    s_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    t_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zs = load_logits(student_row, cols, vocab_size, width)
+        zt = load_logits(teacher_row, cols, vocab_size, width)
+        common = _in_both(zs, zt, s_threshold, t_threshold)
+        s_max = tl.maximum(s_max, tl.where(common, zs, float("-inf")))
+        t_max = tl.maximum(t_max, tl.where(common, zt, float("-inf")))
+        count += tl.where(common, 1.0, 0.0)
+    s_largest = tl.max(s_max, 0)
+    t_largest = tl.max(t_max, 0)
+    shift = s_largest - t_largest
+    s_sum = tl.zeros([BLOCK], tl.float32)
+    reverse_sum = tl.zeros([BLOCK], tl.float32)
+    distance_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zs = load_logits(student_row, cols, vocab_size, width)
+        zt = load_logits(teacher_row, cols, vocab_size, width)
+        common = _in_both(zs, zt, s_threshold, t_threshold)
+        s = tl.where(common, tl.exp(zs - s_largest), 0.0)
+        t = tl.where(common, tl.exp(zt - t_largest), 0.0)
+        _, reverse, distance = kl_terms(s, t, tl.where(common, (zs - zt) - shift, 0.0))
+        s_sum += s
+        reverse_sum += reverse
+        distance_sum += distance
+    number = tl.sum(count, 0)
+    mass = tl.where(number > 0, tl.sum(s_sum, 0), 1.0)
+    x = -tl.sum(distance_sum, 0) / mass
+    tail = 1 / 5 - x * (1 / 6 - x * (1 / 7 - x * (1 / 8 - x / 9)))
+    series = x * x * (0.5 - x * (1 / 3 - x * (1 / 4 - x * tail)))
+    beyond = tl.where(tl.abs(x) < 0.125, series, x - tl.log(1.0 + x))
+    kl = tl.sum(reverse_sum, 0) / mass - beyond
+    return -tl.maximum(kl, 0.0) / tl.maximum(number, 1.0)
+
+
+@triton.jit
+def rank_of(row_ptr, target, log_sum, vocab_size, width, BLOCK: tl.constexpr):
+    """Rank of an entry of a row, 1 is the best; entries that tie share it. NaN in a row whose normaliser is."""
+    own = tl.maximum(tl.load(row_ptr + target), LOWEST)
+    larger = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        larger += tl.where(load_logits(row_ptr, cols, vocab_size, width) > own, 1.0, 0.0)
+    return tl.where(log_sum == log_sum, 1.0 + tl.sum(larger, 0), float("nan"))
 
 
 @triton.jit

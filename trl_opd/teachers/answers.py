@@ -57,11 +57,11 @@ def check_answer(
     if scores.hidden_states is not None and scores.head is None:
         raise TeacherScoreError(f"Teacher {name!r} must return hidden_states and head together.")
     shape = tuple(completion_ids.shape)
-    for key in ("hidden_states", "topk_ids", "topk_logprobs", "sampled_logprobs"):
+    for key in ("hidden_states", "topk_ids", "topk_logprobs", "sampled_logprobs", "sampled_ranks"):
         value = getattr(scores, key)
         if value is None:
             continue
-        if tuple(value.shape[:2]) != shape or value.dim() != (2 if key == "sampled_logprobs" else 3):
+        if tuple(value.shape[:2]) != shape or value.dim() != (2 if key.startswith("sampled") else 3):
             raise TeacherScoreError(
                 f"Teacher {name!r} returned {key} of shape {tuple(value.shape)} for completions of shape {shape}. "
                 "Partial scores are never trained on. Return one row per sequence and one entry per completion token."
@@ -78,7 +78,9 @@ def check_answer(
             value = torch.where(keep, value, torch.arange(value.shape[-1], device=value.device))
         else:
             value = value.masked_fill(~keep, 0.0 if key != "topk_logprobs" else -math.log(2 * value.shape[-1]))
-        if key != "hidden_states" and (scores.normalized or key != "sampled_logprobs"):
+        if key == "sampled_ranks":  # only looked at: what cannot be a rank is none
+            value = torch.where(value >= 1, value, 0).float()
+        elif key != "hidden_states" and (scores.normalized or key != "sampled_logprobs"):
             _check_values(name, key, value, vocab_size)
         setattr(scores, key, value)
     if (scores.topk_ids is None) != (scores.topk_logprobs is None):

@@ -28,7 +28,8 @@ class CachedTeacher:
     stored K (the top K of the top K' are exact). Any other question is an error, never another sample's answer.
 
     Since the student's own samples would not be stored, the trainer gets the stored completions as its rollouts,
-    unless it has a `rollout_func` (see [`teachers.replay.Replay`] for what that means for GRPO's terms).
+    unless it has a `rollout_func` (see [`teachers.replay.Replay`] for what that means for GRPO's terms). A server's
+    ranks of the sampled tokens are not stored: `sampled_ranks` is `None`.
 
     Args:
         path (`str` or `Path`): The cache.

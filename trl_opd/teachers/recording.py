@@ -26,7 +26,8 @@ class RecordingTeacher:
     them, a run that was killed and repeats its steps) costs the teacher nothing. The cache is whole whenever the
     process is killed. Stored are the top `support_size` log-probs (the sampled token's alone with
     `support="sampled"`), so a teacher that answers with hidden states is asked at generation time and reduced to them:
-    the objective is the one on the teacher's top k.
+    the objective is the one on the teacher's top k. A server's ranks of the sampled tokens are not stored, nor are
+    they handed on: an answer is the same whether it is new or stored.
 
     Each process writes a part of the cache of its own, one shard for each generation batch with new samples.
 

@@ -4,7 +4,7 @@ What vLLM and SGLang are asked, and how their answers are read.
 
 Both are given token ids, and asked for the log-probs of the prompt: the completion is part of it. vLLM's
 `/v1/completions` answers about every token of the prompt, SGLang's `/generate` from a position on. Both return the
-sampled token's log-prob beside the K best, whether it is one of them or not.
+sampled token's log-prob beside the K best, whether it is one of them or not. vLLM gives its rank too, SGLang does not.
 
 Shapes: C completion tokens of one sequence, K support.
 """
@@ -53,11 +53,13 @@ class Answer:
         sampled (`np.ndarray`): Log-probs of the completion, `(C,)`.
         ids (`np.ndarray`, *optional*): The K best entries, or the requested ones, `(C, K)`; below 0 is padding.
         logprobs (`np.ndarray`, *optional*): Their log-probs, `(C, K)`.
+        ranks (`np.ndarray`, *optional*): Ranks of the completion's tokens, `(C,)`; 0 where none was given.
     """
 
     sampled: np.ndarray
     ids: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    ranks: np.ndarray | None = None
 
 
 class ServerProtocol(Protocol):
@@ -112,23 +114,27 @@ class VLLM:
         if not isinstance(positions, list) or len(positions) != total:
             found = len(positions) if isinstance(positions, list) else "no"
             raise WrongAnswer(f"log-probs of {found} tokens in answer to {total}")
-        sampled, rest = [], []
+        sampled, ranks, rest = [], [], []
         for token, entries in zip(question.completion, positions[-num_tokens:], strict=True):
             own = entries.get(str(token)) if isinstance(entries, dict) else None
             if own is None:
                 raise WrongAnswer(f"no log-prob of the sampled token {token}")
             sampled.append(own["logprob"])
+            rank = own.get("rank")
+            ranks.append(rank if isinstance(rank, int) and 0 < rank < 1 << 31 else 0)
             if question.top_k:
-                if own.get("rank", len(entries)) > question.top_k:  # the sampled token is not one of the K best
+                if (ranks[-1] or len(entries)) > question.top_k:  # the sampled token is not one of the K best
                     del entries[str(token)]
                 rest.append(entries)
-        return _answer(
+        found = _answer(
             sampled,
             question,
             [len(entries) for entries in rest],
             lambda: list(map(int, chain.from_iterable(rest))),
             lambda: [entry["logprob"] for entries in rest for entry in entries.values()],
         )
+        found.ranks = np.array(ranks, dtype=np.float32) if any(ranks) else None
+        return found
 
     def max_length(self, identity: Identity) -> int | None:
         return (

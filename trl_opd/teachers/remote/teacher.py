@@ -33,8 +33,9 @@ class RemoteTeacher:
 
     Questions about a generation batch leave as soon as its completions exist, the longest first, and are answered
     while the student works. The sampled tokens' log-probs and the top-k are asked for; `topk_ids` holds the K best
-    entries, `sampled_logprobs` the sampled token whether it is one of them or not. A sequence without a token to score
-    costs nothing. No server sends the whole vocabulary: `support="full"` means `"teacher_top_k"` here.
+    entries, `sampled_logprobs` the sampled token whether it is one of them or not, `sampled_ranks` its rank where the
+    server gives one (vLLM does, SGLang does not). A sequence without a token to score costs nothing. No server sends
+    the whole vocabulary: `support="full"` means `"teacher_top_k"` here.
 
     A server that fails is left alone for a while and asked again; its questions go to the others meanwhile. An answer
     that is cut off, has too few scores, or is of another model counts as a failure. When all attempts are used up, a
@@ -268,6 +269,7 @@ class RemotePending:
         """Wait for the answers about these rows; see [`PendingScores`]."""
         shape = (len(rows), self._num_tokens, self._size)
         sampled = torch.zeros(shape[:2])
+        ranks: Tensor | None = None
         ids, logprobs = torch.full(shape, -1), torch.full(shape, -math.inf)
         for place, row in enumerate(rows.tolist()):
             at = 0
@@ -276,13 +278,16 @@ class RemotePending:
                 columns = self._columns[row][at : at + len(answer.sampled)]
                 at += len(answer.sampled)
                 sampled[place, columns] = torch.from_numpy(answer.sampled)
+                if answer.ranks is not None:
+                    ranks = torch.zeros(shape[:2]) if ranks is None else ranks
+                    ranks[place, columns] = torch.from_numpy(answer.ranks)
                 if answer.ids is not None and answer.logprobs is not None:
                     size = answer.ids.shape[-1]
                     ids[place, columns, :size] = torch.from_numpy(answer.ids)
                     logprobs[place, columns, :size] = torch.from_numpy(answer.logprobs)
         if not self._size:
-            return TeacherScores(sampled_logprobs=sampled)
-        return TeacherScores(topk_ids=ids, topk_logprobs=logprobs, sampled_logprobs=sampled)
+            return TeacherScores(sampled_logprobs=sampled, sampled_ranks=ranks)
+        return TeacherScores(topk_ids=ids, topk_logprobs=logprobs, sampled_logprobs=sampled, sampled_ranks=ranks)
 
     def _answer(self, job: Job) -> Answer:
         try:
