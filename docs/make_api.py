@@ -53,8 +53,8 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# API",
-        "Written by `python docs/make_api.py` from the docstrings. B are sequences, T completion tokens, N tokens, V the "
-        "vocabulary, H hidden, K the support.",
+        "Written by `python docs/make_api.py` from the docstrings. B are sequences, T completion tokens, N tokens, V "
+        "the vocabulary, H hidden, K the support.",
     ]
     for heading, module_name, names in PAGES:
         module = importlib.import_module(module_name)
