@@ -182,7 +182,7 @@ def test_evaluation_reports_the_divergence_of_its_own_rollouts(tmp_path):
 def test_completions_are_written_without_a_placeholder_reward(tmp_path, capsys):
     step = take_step(tmp_path, teacher=teacher(), log_completions=True)
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    assert list(table.columns) == ["step", "prompt", "completion", "advantage"]
+    assert list(table.columns)[:5] == ["step", "prompt", "completion", "advantage", "token_ids"]
     assert sorted(table["prompt"]) == sorted(step.trainer._logs["prompt"])
     assert len(table) == 4
     assert "Step 1" in capsys.readouterr().out

@@ -175,7 +175,7 @@ def _no_run(folder: Path) -> str:
     if inside:
         shown = " ".join(str(child) for child in inside[:3])
         return f"{message}, for example {shown}{' ...' if len(inside) > 3 else ''}"
-    return f"{message}; a run's first file is written when its trainer is built."
+    return f"{message}; a run's first file is written when training begins."
 
 
 def _completions(folder: Path) -> list[Path]:
