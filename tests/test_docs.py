@@ -197,9 +197,10 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
-def test_the_api_page_is_current():
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
-    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert written == make_api.page(), "run: python docs/make_api.py > docs/api.md"
+@pytest.mark.parametrize("name", ["api", "alarms"])
+def test_a_page_made_of_the_code_is_current(name):
+    spec = importlib.util.spec_from_file_location("make_pages", ROOT / "docs" / "make_pages.py")
+    make_pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_pages)
+    written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert written == getattr(make_pages, name)(), f"run: python docs/make_pages.py {name} > docs/{name}.md"

@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Writes docs/api.md from the docstrings.
+Writes the pages of the documentation that are made of the code.
 
-    python docs/make_api.py > docs/api.md
+    python docs/make_pages.py api > docs/api.md          # from the docstrings
+    python docs/make_pages.py alarms > docs/alarms.md    # from the alarms' thresholds and advice
 """
 
 import importlib
@@ -49,12 +50,12 @@ _SECTIONS = ("Args", "Parameters", "Returns", "Raises", "Paper", "Example", "Yie
 ENTRY = re.compile(r"^\w+(, \w+)*(?= \(|:)")  # the names of an entry
 
 
-def page() -> str:
-    """The whole page."""
+def api() -> str:
+    """docs/api.md."""
     parts = [
         "# API",
-        "Written by `python docs/make_api.py` from the docstrings. B are sequences, T completion tokens, N tokens, V "
-        "the vocabulary, H hidden, K the support.",
+        "Written by `python docs/make_pages.py api` from the docstrings. B are sequences, T completion tokens, N "
+        "tokens, V the vocabulary, H hidden, K the support.",
     ]
     for heading, module_name, names in PAGES:
         module = importlib.import_module(module_name)
@@ -139,6 +140,38 @@ def markdown(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
 
 
+def alarms() -> str:
+    """docs/alarms.md."""
+    from trl_opd.alarms import ALARMS, THRESHOLDS
+    from trl_opd.alarms.advice import ADVICE
+
+    parts = [
+        "# Alarms",
+        "Written by `python docs/make_pages.py alarms`. A callback reads each training line of the log for what "
+        "precedes a collapse. `on_alarm` says what follows: `warn` (default) logs the alarm, `stop` also ends the run "
+        "after that step with a checkpoint, `off`, or the import path of a function of the `Alarm`, which may return "
+        '`"stop"`. `callbacks=[AlarmCallback(on_alarm=my_function)]` takes a function as it is. Alarms are kept in '
+        "`output_dir/opd/alarms.jsonl` and shown in the report.",
+        "A *line* is a logged training line (`logging_steps` optimizer steps). *Recent* is the median of the last few "
+        "lines; the *running* level is the median of the window before them, its *spread* the larger of its scaled "
+        "median absolute deviation and of the distance from its median to its 90th percentile in standard deviations "
+        "of a normal distribution. A number changes by its name: `alarm_thresholds: {kl_spike.factor: 5, "
+        "overlap_stalled.on: 0}`.",
+    ]
+    for name in ("all", *ALARMS):
+        advice = [(kind, text) for kind, text in ADVICE.items() if kind.partition(":")[0] == name]
+        rows = [t for t in THRESHOLDS if t.name.partition(".")[0] == name and not t.name.endswith(".on")]
+        parts.append("## Shared by several" if name == "all" else f"## `{name}`")
+        for kind, text in advice:
+            label = f"*{kind.partition(': ')[2]}*: " if ":" in kind else ""
+            parts.append(f"{label}{text.why} **Try:** {text.do}")
+        if rows:
+            table = ["| threshold | default | unit | it speaks when | from |", "|---|---:|---|---|---|"]
+            table += [f"| `{t.name}` | {t.default:g} | {t.unit} | {t.meaning} | {t.source} |" for t in rows]
+            parts.append("\n".join(table))
+    return "\n\n".join(parts) + "\n"
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.stdout.write(page())
+    sys.stdout.write({"api": api, "alarms": alarms}[sys.argv[1]]())
