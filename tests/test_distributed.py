@@ -25,7 +25,8 @@ def numbers(name, history):
     # GRPO's own entropy is a mean over micro-batches, which are others when there are more processes
     left_out = (*NOT_OF_THE_TRAINING, *(["entropy"] if "accumulation" in name else []))
     kept = [[k for k in line if not k.endswith(left_out) or "distill" in k] for line in history]
-    return [{k: line[k] for k in keys if "wait" not in k} for keys, line in zip(kept, history, strict=True)]
+    kept = [[k for k in keys if "wait" not in k and "tokens_per_second" not in k] for keys in kept]
+    return [{k: line[k] for k in keys} for keys, line in zip(kept, history, strict=True)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -121,3 +122,28 @@ def test_the_gate_of_the_runs_opens_and_shuts():
     assert shares == [1.0, 0.5, 0.5, 0.0]
     skipped = [line["distill/skipped_steps"] for line in one_process("gate")["logs"] if "distill/loss" in line]
     assert skipped == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_the_runs_have_the_diagnostics_that_are_compared():
+    def names(run):
+        return {key for line in one_process(run)["logs"] for key in line}
+
+    tokens = {"distill/entropy_gap", "distill/teacher_rank", "distill/rejected_share", "distill/gap_at/00000-00007"}
+    assert {*tokens, "distill/overlap_advantage", "completions/distinct_share"} <= names("dapo")
+    assert {f"eval_{name}" for name in tokens} <= names("evaluation")
+    assert "distill/reward_correlation" in names("rewards")
+    assert {"distill/effective_sample_size", "distill/loss_share/light"} <= names("local weights")
+    assert {"distill/importance_ratio", "distill/importance_ratio_max"} <= names("policy gradient, two iterations")
+
+
+def test_diagnostics_that_fail_on_one_process_hold_up_none():
+    first, second = result_of("unreadable")
+    assert len(first["warnings"]) == 1 and not second["warnings"]
+    assert "diagnostics of completions failed with UnicodeError('what is this')" in first["warnings"][0]
+    whole = one_process("dapo")
+    for key, expected in whole["weights"].items():
+        torch.testing.assert_close(second["weights"][key], expected, rtol=1e-6, atol=1e-6)
+    for line, expected in zip(first["logs"][:2], whole["logs"][:2], strict=True):
+        assert line["distill/teacher_rank"] == pytest.approx(expected["distill/teacher_rank"])
+        assert line["completions/distinct_share"] == 1  # of the first process's samples
+    assert first["logs"][0]["completions/repetition"] != pytest.approx(whole["logs"][0]["completions/repetition"])

@@ -12,15 +12,17 @@ from peft import LoraConfig
 from safetensors import safe_open
 from tiny import make_model, make_prompts, make_tokenizer, trainer_config
 from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
 
 import trl_opd
 from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer
+from trl_opd.prompt_order import EpochSampler
 
 TIMES = ("runtime", "per_second", "step_time", "total_flos", "train_loss")
 PG = {"credit": "policy_gradient", "support": "sampled"}
 
 
-def make_trainer(output_dir, teacher=None, peft=False, callbacks=None, **fields):
+def make_trainer(output_dir, teacher=None, peft=False, callbacks=None, num_prompts=16, **fields):
     """Four steps of sampled completions, with dropout, Adam and a decaying learning rate."""
     return OnPolicyDistillTrainer(
         model=make_model(attention_dropout=0.1),
@@ -28,7 +30,7 @@ def make_trainer(output_dir, teacher=None, peft=False, callbacks=None, **fields)
         args=OnPolicyDistillConfig(
             **trainer_config(output_dir, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **fields})
         ),
-        train_dataset=make_prompts(),
+        train_dataset=make_prompts(num_prompts),
         eval_dataset=make_prompts(4),
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if peft else None,
@@ -90,6 +92,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, fields):
     resumed = make_trainer(tmp_path / "stopped", **fields)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["at its beginning", "inside it"])
+def test_a_run_resumed_in_its_second_epoch_sees_the_prompts_that_it_would_have_seen(tmp_path, step):
+    fields = {"num_prompts": 8, "save_steps": step}  # two steps an epoch
+    whole = make_trainer(tmp_path / "whole", **fields)
+    whole.train()
+    make_trainer(tmp_path / "stopped", callbacks=[StopAfter(step)], **fields).train()
+    resumed = make_trainer(tmp_path / "stopped", **fields)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def test_the_order_of_the_prompts_is_that_of_trl():
+    arguments = {"data_source": range(10), "mini_repeat_count": 2, "batch_size": 2, "seed": 3}
+    theirs, ours = RepeatSampler(**arguments), EpochSampler(**arguments)
+    for epoch in range(3):
+        order = list(theirs)
+        ours.set_epoch(epoch)
+        assert list(ours) == order
 
 
 def test_a_killed_process_resumes_from_its_checkpoint(tmp_path):

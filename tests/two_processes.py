@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -23,7 +25,7 @@ from tiny import VOCAB_SIZE, make_model, make_tokenizer, trainer_config
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer
+from trl_opd import OnPolicyDistillConfig, OnPolicyDistillTrainer, diagnostics
 from trl_opd.collators import TeacherScores
 from trl_opd.teachers import TeacherScoreError
 
@@ -369,11 +371,25 @@ def resume(output_dir, world):
     return {"whole": whole, "resumed": resumed}
 
 
+def fail_to_read(output_dir, world):
+    """The text of the completions cannot be read on the second process."""
+
+    def read(*args):
+        raise UnicodeError("what is this")
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if os.environ["RANK"] == "1":
+            patch.setattr(diagnostics, "add_completions", read)
+        result = train(output_dir, world)
+    return result | {"warnings": [str(w.message) for w in caught if "what is this" in str(w.message)]}
+
+
 def main(output_dir):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     jobs = {name: functools.partial(train, **fields) for name, fields in RUNS.items()}
-    jobs["resume"] = resume
+    jobs |= {"resume": resume, "unreadable": fail_to_read}
     jobs |= {f"failure, {name}": functools.partial(fail_and_resume, **fields) for name, fields in FAILURES.items()}
     for name, job in jobs.items():
         try:

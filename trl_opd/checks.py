@@ -25,6 +25,7 @@ class Run:
     datasets: Mapping[str, Any]
     processing_class: Any = None
     peft_config: Any = None
+    quantization_config: Any = None
     teacher_view: Any = None
     num_references: int = 0
     tools: Any = None

@@ -1,18 +1,33 @@
 # Copyright 2026 The trl-opd authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of the distillation, as sums that are reduced once per log line: exact token means over all processes."""
+"""Metrics of the distillation, gathered on the device and reduced once per log line: exact over all processes."""
 
-from typing import TYPE_CHECKING
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from .diagnostics.derived import KINDS
 from .student import sampled_answer
 
 if TYPE_CHECKING:
     from .config import OnPolicyDistillConfig
     from .student import MicroBatch, StudentOutput
+
+Key = tuple[str, str]  # kind and name of a metric
+
+
+class _Own(NamedTuple):
+    """What one process has gathered. No key is twice in one of the parts."""
+
+    parts: list[dict[Key, list[float]]]
+    members: dict[tuple[str, int], list[bytes]]
+    problem: str | None
 
 
 class TokenMetrics:
@@ -20,36 +35,113 @@ class TokenMetrics:
     Sums over loss tokens, kept on the device until they are logged, so that a micro-batch costs no synchronisation.
 
     Means are over all loss tokens since the last log, whatever the micro-batching, the accumulation or the number of
-    processes. A metric that no process has seen is left out.
+    processes, and so is what is derived from several sums (see `diagnostics.derived`). A metric that no process has
+    seen is left out.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._kept: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._members: dict[tuple[str, int], list[bytes]] = {}
+        self.problem: str | None = None
+        """What kept this process from measuring something; the main process warns of it at the next log."""
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the entries of `values` where `mask` holds (same shape)."""
-        mask = mask.to(values.device)
-        self.add_sum(name, torch.where(mask, values.detach(), 0.0).sum(dtype=_sum_dtype(values)), mask.sum())
+        self.add_all({name: values}, mask)
+
+    def add_all(self, values: Mapping[str, Tensor], mask: Tensor, kind: str = "mean") -> None:
+        """[`add`] for several metrics at once, whose values have one shape; of a `"geometric_mean"` their logs."""
+        if not values:
+            return
+        first = next(iter(values.values()))
+        mask = mask.to(first.device)
+        stacked = torch.where(mask, torch.stack([x.detach() for x in values.values()]), 0.0)
+        totals = stacked.flatten(1).sum(1, dtype=_sum_dtype(first))
+        self.merge(kind, tuple(values), torch.stack([totals, mask.sum().to(totals.dtype).expand_as(totals)]))
 
     def add_sum(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add a sum over `count` items."""
         total = total.detach()
         pair = torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self.merge("mean", (name,), pair[:, None])
+
+    def merge(self, kind: str, names: Sequence[str], kept: Tensor) -> None:
+        """Add what `kind` (of `KINDS`) keeps of the metrics `names`, `(S, len(names))`."""
+        key = (kind, tuple(names))
+        before = self._kept.get(key)
+        self._kept[key] = kept if before is None else KINDS[kind].merge(before, kept.to(before.device))
+
+    def add_members(self, name: str, index: int, digests: Iterable[bytes]) -> None:
+        """Add members of set `index`, which is one over all processes; `name` is the share of those that differ."""
+        self._members.setdefault((name, index), []).extend(digests)
+
+    @property
+    def _sums(self) -> dict[str, Tensor]:
+        """Totals and counts, `(2,)`, of the means."""
+        sums: dict[str, Tensor] = {}
+        for (kind, names), kept in self._kept.items():
+            for name, pair in zip(names, kept.unbind(1), strict=True) if kind == "mean" else ():
+                sums[name] = sums[name] + pair if name in sums else pair
+        return sums
 
     def compute(self, accelerator: Accelerator) -> dict[str, list[float]]:
         """Reduce over the processes and forget. All processes must call it together."""
-        names = sorted(self._sums)
-        if accelerator.num_processes > 1:  # one process may have had no sample of some kind
-            names = sorted(set(gather_object(names)))
-        if not names:
-            return {}
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        nothing = torch.zeros(2)
-        sums = torch.stack([self._sums.get(name, nothing).to(accelerator.device, dtype) for name in names])
-        self._sums = {}
-        sums = accelerator.reduce(sums, reduction="sum").tolist()
-        return {name: [total / count] for name, (total, count) in zip(names, sums, strict=True) if count}
+        own = _Own(_on_host(self._kept), self._members, self.problem)
+        self._kept, self._members, self.problem = {}, {}, None
+        everyone: list[_Own] = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        problems = [own.problem for own in everyone if own.problem is not None]
+        if problems and accelerator.is_main_process:
+            warnings.warn(problems[0], stacklevel=2)
+        values = _reduce([part for own in everyone for part in own.parts])
+        return {
+            name: [value] for name, value in (values | _distinct_shares([own.members for own in everyone])).items()
+        }
+
+
+def _on_host(kept: Mapping[tuple[str, tuple[str, ...]], Tensor]) -> list[dict[Key, list[float]]]:
+    """Everything that was gathered, by metric, with one transfer a device."""
+    flat: dict[torch.device, list[float]] = {}
+    for device in {matrix.device for matrix in kept.values()}:
+        flat[device] = torch.cat([m.flatten() for m in kept.values() if m.device == device]).tolist()
+    parts: list[dict[Key, list[float]]] = [{}]
+    for (kind, names), matrix in kept.items():
+        numbers, flat[matrix.device] = flat[matrix.device][: matrix.numel()], flat[matrix.device][matrix.numel() :]
+        for i, name in enumerate(names):
+            free = [part for part in parts if (kind, name) not in part]  # it may be measured with others, too
+            if not free:
+                free = [{}]
+                parts += free
+            free[0][kind, name] = numbers[i :: len(names)]
+    return parts
+
+
+def _reduce(parts: Sequence[Mapping[Key, list[float]]]) -> dict[str, float]:
+    """The metrics' values, from what all processes have."""
+    values: dict[str, float] = {}
+    for kind, (merge, finish) in KINDS.items():
+        sizes = {name: len(row) for part in parts for (k, name), row in part.items() if k == kind}
+        if not sizes:
+            continue
+        empty = [-math.inf if kind == "max" else 0.0] * max(sizes.values())
+        names = sorted(sizes)
+        rows = [[part.get((kind, name), empty) for name in names] for part in parts]
+        merged = functools.reduce(merge, torch.tensor(rows, dtype=torch.float64).transpose(1, 2))
+        for name, kept in zip(names, merged.unbind(1), strict=True):
+            values |= {name + suffix: value for suffix, value in finish(kept.tolist()).items()}
+    return values
+
+
+def _distinct_shares(everyone: Sequence[Mapping[tuple[str, int], list[bytes]]]) -> dict[str, float]:
+    """The share of the members that differ from one another within their set."""
+    together: dict[tuple[str, int], list[bytes]] = {}
+    for members in everyone:
+        for key, digests in members.items():
+            together.setdefault(key, []).extend(digests)
+    counts: dict[str, list[int]] = {}
+    for (name, _), digests in together.items():
+        distinct, total = counts.get(name, [0, 0])
+        counts[name] = [distinct + len(set(digests)), total + len(digests)]
+    return {name: distinct / total for name, (distinct, total) in counts.items() if total}
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -96,8 +188,8 @@ def _add_objective(metrics: TokenMetrics, batch: "MicroBatch", accumulation: flo
         metrics.add_sum("distill/loss", loss * accumulation, 1.0)
     mask = batch.distill_mask
     if batch.token_weights is not None:
-        metrics.add("distill/token_weight", batch.token_weights, mask)
-        metrics.add("distill/weighted_share", (batch.token_weights != 0).float(), mask)
+        weights = batch.token_weights
+        metrics.add_all({"distill/token_weight": weights, "distill/weighted_share": (weights != 0).to(weights)}, mask)
     if batch.factors is not None:
         metrics.add_sum("distill/sample_weight", batch.factors.sum().to(_sum_dtype(batch.factors)), len(batch.factors))
     if batch.importance is not None:
@@ -117,9 +209,7 @@ def _add_tokens(metrics: TokenMetrics, prefix: str, output: "StudentOutput", mas
     }
     if output.teacher_logprobs is not None and output.divergence is not None and output.log_probs is not None:
         named["teacher_student_gap"] = output.teacher_logprobs - output.log_probs
-    for name, values in named.items():
-        if values is not None:
-            metrics.add(f"{prefix}/{name}", values, mask)
+    metrics.add_all({f"{prefix}/{name}": values for name, values in named.items() if values is not None}, mask)
 
 
 def _add_shares(metrics: TokenMetrics, batch: "MicroBatch") -> None:
@@ -149,7 +239,6 @@ def _add_sampled(
     values = {"teacher_student_gap": gap, "student_entropy": entropies}
     if args.target == "teacher" or args.target == "reward_tilt":  # of an affine combination ℓ lacks the normaliser
         values["reverse_kl"] = torch.expm1(gap) - gap
-    for name, value in values.items():
-        metrics.add(f"distill/{name}", value, mask)
-        for teacher, rows in batch.rows_by_teacher.items():
-            metrics.add(f"distill/{teacher}/{name}", value[rows], mask[rows])
+    metrics.add_all({f"distill/{name}": value for name, value in values.items()}, mask)
+    for teacher, rows in batch.rows_by_teacher.items():
+        metrics.add_all({f"distill/{teacher}/{name}": value[rows] for name, value in values.items()}, mask[rows])

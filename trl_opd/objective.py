@@ -157,6 +157,7 @@ class Objective:
         token_weight = None
         if weightings and rollout_only(weightings) and not self.per_token:
             token_weight = token_weights(weightings, self._rollout_stats(inputs, mask), check=False)
+        old_logprobs = inputs.get("old_per_token_logps")
         # A copy: the policy gradient puts its advantages there, and the buffered batch is used again
         inputs = dict(inputs)
         if self.uses_distributions and "old_per_token_logps" in inputs:
@@ -175,6 +176,7 @@ class Objective:
             weights=_times(own, token_weight),
             token_weights=token_weight,
             factors=factors,
+            old_logprobs=old_logprobs,
             scores=inputs.get("teacher_scores"),
             teachers=trainer.teacher_names,
         )

@@ -30,12 +30,29 @@ _SHORT = {"as published code": "published code"}
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="trl-opd recipes", description="The methods of the literature.")
+    parser = argparse.ArgumentParser(
+        prog="trl-opd recipes",
+        description="The methods of the literature: a table of all of them; or of one its formula, paper, what it "
+        "sets and needs, and a YAML for `trl-opd train`.",
+    )
     parser.add_argument("name", nargs="?", help="a method: everything about it")
-    parser.add_argument("--slot", choices=list(SLOTS), help="only those that change this slot")
-    parser.add_argument("--need", choices=[*NEEDS, "none"], help="only those that need this")
-    parser.add_argument("--fidelity", choices=list(FIDELITIES), help="only those that are as faithful as this")
-    parser.add_argument("--kind", choices=[*KINDS, "all"], default=None, help="how it is reached (default: all)")
+    parser.add_argument(
+        "--slot", choices=list(SLOTS), metavar="SLOT", help=f"only those that change this slot: {', '.join(SLOTS)}"
+    )
+    needs = [*NEEDS, "none"]
+    parser.add_argument("--need", choices=needs, metavar="NEED", help=f"only those that need this: {', '.join(needs)}")
+    parser.add_argument(
+        "--fidelity",
+        choices=list(FIDELITIES),
+        metavar="CLASS",
+        help=f"only those that are as faithful as this: {', '.join(FIDELITIES)}",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=[*KINDS, "all"],
+        metavar="KIND",
+        help=f"how it is reached: {', '.join(KINDS)}, or all (the default)",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all that is known, as JSON")
     form.add_argument("--yaml", action="store_true", help="of one method: a file for `trl-opd train` and nothing else")

@@ -64,6 +64,11 @@ class TeacherSide:
         """This process's completions of the generation batch, as reward functions get them."""
         return self._completions
 
+    @property
+    def completion_ids(self) -> Sequence[list[int]]:
+        """Their tokens, those of tools included."""
+        return self._ids[1]
+
     # The generation batch: noted piece by piece, as GRPOTrainer makes it
 
     def begin(self, examples: list[dict[str, Any]]) -> None:

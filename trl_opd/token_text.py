@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 # Nats of the gap: a factor of 2, 10 and 100 between the two probabilities
 LEVELS = (math.log(2), math.log(10), math.log(100))
-_LESS = ("black on #fbe6d2", "black on #f2b37c", "bold underline #ffffff on #a04a00")  # as in the report, and both
-_MORE = ("black on #dcecf7", "black on #8cc1e6", "bold underline #ffffff on #00518f")  # told apart without red or green
+# The colours of the report, which are told apart without red or green
+_LESS = ("black on #fbe6d2", "black on #f2b37c", "bold underline #ffffff on #a04a00")
+_MORE = ("black on #dcecf7", "black on #8cc1e6", "bold underline #ffffff on #00518f")
 _MARKS = {False: ("[-", "-]"), True: ("{+", "+}")}
 _PART = "\ufffd"  # what a decoder makes of a part of a character
 _MOST_PARTS = 6  # tokens that are looked at for one character, or a chain of some

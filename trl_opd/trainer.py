@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from .alarms import AlarmCallback
 from .checks import Run, check_run
@@ -31,6 +31,7 @@ from .heads import add_head_branch
 from .metrics import TokenMetrics, add_metrics
 from .objective import Objective
 from .preflight import check_mix, check_reward_group
+from .prompt_order import EpochSampler, PromptOrder
 from .recipes import add_to_model_card, paper_of
 from .record import RunRecorder
 from .rollouts import RolloutSources
@@ -168,6 +169,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             datasets={"train_dataset": train_dataset, "eval_dataset": eval_dataset},
             processing_class=processing_class,
             peft_config=peft_config,
+            quantization_config=quantization_config,
             teacher_view=teacher_view,
             num_references=len(references),
             tools=tools,
@@ -181,6 +183,7 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self.findings = [] if teacher is None else preflight(run, teacher_tokenizers)
 
         self.teacher: Any = teacher
+        self.prompt_sampler: Any = None  # of the training prompts, from the first training on
         self._micro_batch: MicroBatch | None = None
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         if teacher is None:
@@ -230,7 +233,12 @@ class OnPolicyDistillTrainer(GRPOTrainer):
         self._teacher_side = TeacherSide(self, teacher, teacher_tokenizers, teacher_view)
         self._diagnostics, self._token_view = Diagnostics(self), TokenView(self)
         self.recorder = RunRecorder(self)
-        for callback in (SkipEmptySteps(self), AlarmCallback(self), self.recorder, TrackerCallback(self)):
+        given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, AlarmCallback)]
+        alarms = given or [AlarmCallback(args.on_alarm)]
+        for alarm in alarms:
+            alarm.bind(self)
+        ours = [] if given else alarms
+        for callback in (SkipEmptySteps(self), PromptOrder(self), *ours, self.recorder, TrackerCallback(self)):
             self.add_callback(callback)
 
     @staticmethod
@@ -267,6 +275,18 @@ class OnPolicyDistillTrainer(GRPOTrainer):
             columns = [*self._signature_columns, "teacher_prompt", getattr(self.teacher, "column", "teacher")]
             columns += ["completion", "completion_ids", "pass_rate"]
             self._signature_columns = list(dict.fromkeys(columns))
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if self.teacher is not None and type(sampler) is RepeatSampler:
+            own = EpochSampler.__new__(EpochSampler)  # the same sampler, its generator included
+            own.__dict__.update(vars(sampler))
+            self.prompt_sampler = sampler = own
+        return sampler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.teacher is None else self.recorder.watch():
+            return super().train(*args, **kwargs)
 
     # Rollouts: GRPO's own, with the teacher's side added to the batch
 
@@ -385,13 +405,15 @@ class OnPolicyDistillTrainer(GRPOTrainer):
 
     def _head_forward(self, model: Any, batch: MicroBatch, model_inputs: dict[str, Any], labels: Tensor) -> Any:
         scores = self._scores(batch, model_inputs)
+        options = self.objective.head_options()
+        options["statistics"] = self._diagnostics.head_options()["statistics"] | options["statistics"]
         head = distillation_head(
             batch,
             scores,
             self.args,
             vocab_size=self.shared_vocab_size,
             overlap_top_k=self.args.overlap_top_k if self._is_logged else 0,
-            **self.objective.head_options(),
+            **options,
         )
         output: StudentOutput = model(**model_inputs, head_call=head)
         batch.output = output

@@ -4,6 +4,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from .alarms import check_on_alarm, check_thresholds
 from .kernels.dispatch import BACKENDS
 from .kernels.supports import SUPPORTS, TAILS
 from .losses import nearest_name, resolve_divergence
@@ -32,7 +33,6 @@ OVERFLOWS = ("error", "skip")
 QUANTIZATIONS = ("int8", "bnb_8bit", "bnb_4bit")
 OFFLOADS = ("model", "layers")
 PREFLIGHTS = ("warn", "strict", "off")
-ALARM_ACTIONS = ("warn", "stop", "off")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -45,6 +45,8 @@ def check_names(args: "OnPolicyDistillConfig") -> None:
     resolve_token_weighting(args.token_weighting)
     resolve_sample_weighting(args.sample_weighting)
     resolve_reward_mix(args.reward_mix, args.reward_mix_kwargs)  # type: ignore[arg-type]
+    check_on_alarm(args.on_alarm)
+    check_thresholds(args.alarm_thresholds)  # type: ignore[arg-type]
     for name, valid in (
         ("support", SUPPORTS),
         ("support_tail", TAILS),

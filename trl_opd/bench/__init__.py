@@ -3,7 +3,8 @@
 Benchmarks: `trl-opd bench head` (the divergence alone) and `trl-opd bench step` (a training step) beside TRL and
 Liger; `trl-opd bench teacher` (quantized, offloaded and split teachers beside a plain one); `trl-opd bench topk` (what
 a top-k teacher costs in accuracy); `trl-opd bench server` (what a teacher's server delivers); `trl-opd bench cache`
-(what stored scores take); `trl-opd bench methods` (the recipes on one task, for equally many tokens).
+(what stored scores take); `trl-opd bench methods` (the recipes on one task, for equally many tokens); `trl-opd bench
+diagnostics` (what the diagnostics of a log line cost).
 
 Alternatives take turns on the same inputs in one process. All print a table; `--json` keeps it.
 """
@@ -18,6 +19,7 @@ BENCHMARKS = {
     "topk": "the gradient from a top-k teacher beside that from all entries",
     "server": "tokens a second, bytes and reading time of a teacher's server",
     "cache": "size, accuracy and speed of stored scores",
+    "diagnostics": "training steps with and without the diagnostics of every log line",
     "methods": "the recipes side by side: accuracy, divergence, diversity and cost",
 }
 
