@@ -522,6 +522,32 @@ def test_a_gap_at_the_start_or_at_the_end(tmp_path, where, words):
     assert re.search(words, the_one(look(trainer), "gap_by_position", "warning"))
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["one beginning", "beginnings of their own"])
+def test_a_teacher_that_begins_otherwise_means_its_template_only_if_it_always_begins_alike(tmp_path, same):
+    def begin(logprobs, prompt, completion):
+        logprobs = logprobs.clone()
+        logprobs[:2, completion[:2]] -= 6.0
+        wanted = 20 if same else 20 + len(prompt) % 13
+        logprobs[0, wanted if wanted != completion[0] else 19] = 8.0
+        return logprobs.log_softmax(-1)
+
+    findings = look(make_run(tmp_path, Scores(near(), 20, change=begin), **LISTED))
+    (found,) = [f for f in findings if f.check == "gap_by_position" and "tokens 0 and 1" in f.seen]
+    assert found.severity == ("warning" if same else "info")
+    assert ("in substance" in found.why) != same
+
+
+def test_first_tokens_that_are_wrong_in_some_completions_are_no_template(tmp_path):
+    def begin(logprobs, prompt, completion):
+        logprobs = logprobs.clone()
+        if len(prompt) > 4:  # about half of them
+            logprobs[:2, completion[:2]] -= 12.0
+        return logprobs
+
+    findings = look(make_run(tmp_path, Scores(near(), change=begin), **SAMPLED))
+    assert not [f for f in findings if f.check == "gap_by_position" and f.severity != "ok"]
+
+
 def test_a_gap_that_grows_is_drift(tmp_path):
     teacher = Scores(near(), change=lower(lambda i, n, token: 0.06 * i))
     model = make_student()

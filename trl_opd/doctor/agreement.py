@@ -42,8 +42,9 @@ def check_determinism(exam: Exam) -> list[Finding]:
 
 
 def _apart(exam: Exam, one: Entries, other: Entries) -> float:
-    """By how much two answers differ; those of a server where they are likely."""
-    return difference(one, other, exam.is_local, exam.share(exam.allowed(one)))
+    """By how much two answers differ; those of a server, or in half precision, where they are likely."""
+    share = exam.share(exam.allowed(one))
+    return difference(one, other, exam.is_local and share == 1.0, share)
 
 
 def _judge(exam: Exam, check: str, one: Entries, apart: float, what: str) -> Finding:

@@ -83,12 +83,22 @@ def check_gap_by_position(exam: Exam) -> list[Finding]:
     start, course = inner.position < _START, inner.position >= _START
     first, later = Means.of(inner.gap[start]), Means.of(inner.gap[course])
     found = []
-    if first.below(later, LIMITS.first_tokens):
+    if first.below(later, LIMITS.first_tokens) and _in_most(inner.pick(start), later.mean - LIMITS.first_tokens):
         found.append(_start(exam, inner.pick(start), first, later))
     found += _drift(inner.pick(course))
     found += _end(exam, tokens.pick(tokens.last), Means.of(inner.gap))
     found += _wants_to_stop(exam, inner)
     return found or [Finding("gap_by_position", "ok", f"teacher less student, nats: {_buckets(tokens)}")]
+
+
+def _in_most(tokens: Tokens, limit: float) -> bool:
+    """
+    Whether most completions have a token whose gap is below the limit: another beginning surprises in all of them, a
+    beginning that is only wrong in some.
+    """
+    rows = tokens.row.unique()
+    surprised = sum(bool((tokens.gap[tokens.row == row] < limit).any()) for row in rows)
+    return surprised >= LIMITS.first_share * len(rows)
 
 
 def buckets(tokens: Tokens) -> list[tuple[int, int, Means]]:
@@ -107,16 +117,32 @@ def _buckets(tokens: Tokens) -> str:
     return ", ".join(f"{low}-{high}: {means.mean:+.2f}" for low, high, means in buckets(tokens))
 
 
+def _wants_one_beginning(tokens: Tokens) -> bool:
+    """Whether the teacher would begin most completions with one token (where it is known which), as templates do."""
+    best = tokens.best[(tokens.position == 0) & (tokens.best >= 0)]
+    return not len(best) or int(best.unique(return_counts=True)[1].max()) >= LIMITS.one_beginning * len(best)
+
+
 def _start(exam: Exam, tokens: Tokens, first: Means, later: Means) -> Finding:
     worst = tokens.pick(tokens.position == tokens.position[tokens.gap.argmin()])
     place, best = int(worst.position[0]), int(worst.best[worst.gap.argmin()])
     token = exam.shown(int(worst.ids[worst.gap.argmin()]))
     wanted = f", where the teacher would write {exam.shown(best)}" if best >= 0 else ""
+    seen = (
+        f"tokens 0 and 1: the gap is {first.mean:+.2f} nats, later {later.mean:+.2f}; most at token {place}, {token}"
+        f"{wanted}"
+    )
+    if not _wants_one_beginning(tokens):
+        return Finding(
+            "gap_by_position",
+            "info",
+            f"{seen}. It would begin each completion with a token of its own",
+            "Its answers begin otherwise in substance, not in form: this is what there is to learn first.",
+        )
     return Finding(
         "gap_by_position",
         "warning",
-        f"tokens 0 and 1: the gap is {first.mean:+.2f} nats, later {later.mean:+.2f}; most at token {place}, {token}"
-        f"{wanted}",
+        seen,
         "A teacher that is surprised by the first tokens alone expects another beginning of an answer: its chat "
         "template, or an open or closed block of thoughts, is not the one that the student's prompt ends in.",
         "Compare the rendered prompts (chat_template, think_boundary); set teacher_chat_template, "

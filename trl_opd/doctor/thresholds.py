@@ -18,8 +18,8 @@ class Thresholds:
 
     Args:
         different (`float`): Largest difference of two answers that is an error and no rounding, whoever gives them.
-        half_share (`float`): Share of entries that must agree where hidden states are in half precision.
-        likely (`float`): Log-prob below which answers of servers may differ more.
+        half_share (`float`): Share of the likely entries that must agree where hidden states are in half precision.
+        likely (`float`): Log-prob below which answers of servers, and those in half precision, may differ more.
         served (`float`): Difference that a teacher outside this process may have if it names no `tolerance`.
         z (`float`): Standard errors of the sampled tokens' mean log-prob; 5 happen by chance once in two million.
         sampling (`float`): Relative difference of the temperature found that counts beside `z`.
@@ -35,6 +35,9 @@ class Thresholds:
             not among the student's own.
         nothing_to_learn (`float`): Mean reverse KL below which the teacher is the student.
         first_tokens (`float`): Mean gap of tokens 0 and 1, compared with that of the others.
+        first_share (`float`): Share of completions in which one of these must be so far off.
+        one_beginning (`float`): Share of completions that the teacher would begin with one and the same token, from
+            which on it is a template that differs and not what is said.
         drift (`float`): Mean gap of the last positions, compared with that of the first ones.
         end (`float`): Mean gap of the token that ends a completion, compared with that of the others.
         end_share (`float`): Share of completions inside which the teacher wants to stop, with a probability above 0.5.
@@ -46,7 +49,7 @@ class Thresholds:
     """
 
     different: float = 0.5
-    half_share: float = 0.99
+    half_share: float = 0.95
     likely: float = -7.0
     served: float = 0.05
     z: float = 5.0
@@ -61,6 +64,8 @@ class Thresholds:
     rejected: float = 0.3
     nothing_to_learn: float = 1e-4
     first_tokens: float = 2.0
+    first_share: float = 0.75
+    one_beginning: float = 0.5
     drift: float = 1.0
     end: float = 3.0
     end_share: float = 0.5
@@ -72,12 +77,14 @@ class Thresholds:
 
 LIMITS = Thresholds()
 
-_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
+# Logits of 20 to 30 in half precision are rounded by 0.1: the demo's models under bf16 autocast differ by 0.2 from
+# themselves in another batch
+_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.04, torch.bfloat16: 0.3}
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Nats by which two ways to one log-prob may differ where hidden states or logits are of this dtype."""
-    return _TOLERANCES.get(dtype, 0.15)
+    return _TOLERANCES.get(dtype, 0.3)
 
 
 def severity(difference: float, allowed: float) -> str:
