@@ -16,6 +16,7 @@ import datasets
 import torch
 import transformers
 
+from ..report import write_report as write_page
 from .evaluation import Evaluator
 from .methods import Workbench, distill, imitate, reinforce
 from .report import print_table, write_report
@@ -60,7 +61,7 @@ def run_demo(
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"opd_demo"`):
-            Folder for `report.md`, `curves.png` and `results.json`.
+            Folder for `report.md`, `curves.png`, `results.json`, and `runs.html` (as `trl-opd report` writes it).
         seed (`int`, *optional*, defaults to `0`):
             Seed of everything: the problems, the models and the sampling.
         fast (`bool`, *optional*, defaults to `False`):
@@ -86,9 +87,10 @@ def run_demo(
         with warnings.catch_warnings():
             # Deprecations inside TRL and Transformers are not the business of someone who watches a demo.
             warnings.simplefilter("ignore", FutureWarning)
-            # The trainers want folders of their own; nothing that they leave there is kept.
+            # The trainers want folders of their own; of what they leave there the report is kept.
             with tempfile.TemporaryDirectory() as scratch:
                 results = _run(Path(scratch), seed, settings)
+                write_page([Path(scratch) / name for name in ("opd", "opd_lora")], output_dir / "runs.html")
     finally:
         torch.set_num_threads(num_threads)
         transformers.logging.set_verbosity(verbosity)
@@ -97,6 +99,7 @@ def run_demo(
     results["seconds"] = time.perf_counter() - started
     print_table(results)
     write_report(results, output_dir)
+    print(f"The two distillations, step by step and token by token: {output_dir / 'runs.html'}")
     print(f"Report: {output_dir / 'report.md'} ({results['seconds']:.0f} s in all)")
     return results
 

@@ -63,7 +63,7 @@ class Workbench:
             **overrides,
         )
 
-    def on_policy_arguments(self, config_class: type, method: str, num_generations: int):
+    def on_policy_arguments(self, config_class: type, method: str, num_generations: int, **overrides: Any):
         """Arguments of the methods that sample from the student."""
         return self.arguments(
             config_class,
@@ -71,6 +71,7 @@ class Workbench:
             num_generations=num_generations,
             max_completion_length=self.task.max_completion_length,
             temperature=1.0,
+            **overrides,
         )
 
     def problems(self) -> list[str]:
@@ -111,7 +112,9 @@ def distill(bench: Workbench, lora: bool = False) -> Curve:
     trainer = OnPolicyDistillTrainer(
         model=bench.start(),
         teacher_model=bench.teacher,
-        args=bench.on_policy_arguments(OnPolicyDistillConfig, method, num_generations=1),
+        args=bench.on_policy_arguments(
+            OnPolicyDistillConfig, method, num_generations=1, logging_strategy="steps", logging_steps=5
+        ),
         train_dataset=prompt_dataset(bench.problems()),
         processing_class=bench.tokenizer,
         peft_config=LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear") if lora else None,
