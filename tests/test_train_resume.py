@@ -357,6 +357,29 @@ def test_another_configuration_and_a_new_beginning(world, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / CONFIG_FILE).read_text())["divergence"] == "forward_kl"
 
 
+def test_a_run_that_an_alarm_has_stopped_goes_on_only_if_told_to(world, tmp_path, capsys):
+    names = ("entropy_collapse.share_of_start", "entropy_collapse.share_of_teacher")
+    always = {**dict.fromkeys(names, 100.0), "all.recent": 2, "all.warm_up": 1}  # at the second line, whatever it says
+    fields = {"max_steps": 4, "on_alarm": "stop", "alarm_thresholds": always}
+    command = write_yaml(world, tmp_path, **fields)
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "Stopped by an alarm" in out and "entropy_collapse at step 2" in out
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        stop.value.code == 2
+        and "an alarm has stopped its run at step 2" in message
+        and "checkpoint-1 to go on" in message
+    )
+    assert main([*command, "--resume", "always", "--on_alarm", "warn"]) == 0
+    assert "resumes after step 2" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_with_the_same_command_line(world, tmp_path):
     whole = tmp_path / "whole"

@@ -90,9 +90,10 @@ def decide_start(args: Any, config: Mapping[str, Any], resume: str) -> Start:
     start = Start(messages=[f"{path} is left out: {reason}." for path, reason in skipped])
     if checkpoint is None:
         return start
+    state = _state(checkpoint)
     if resume == "auto":
         _check_same(folder, checkpoint, config)
-    state = _state(checkpoint)
+        _check_not_stopped(folder, checkpoint, state["global_step"])
     start.checkpoint, start.step = str(checkpoint), state["global_step"]
     start.finished = _is_finished(args, state)
     start.unsaved = start.finished and not any(_weights(folder))
@@ -276,6 +277,24 @@ def _check_same(folder: Path, checkpoint: Path, config: Mapping[str, Any]) -> No
             f"output_dir must be empty or hold a run of this configuration, got {str(folder)!r} with "
             f"{checkpoint.name} of another: {'; '.join(shown[:8])}{more}. {choices}"
         )
+
+
+def _check_not_stopped(folder: Path, checkpoint: Path, step: int) -> None:
+    """A run that an alarm has stopped would go on into what it was stopped for."""
+    try:
+        status = json.loads((folder / "opd" / "status.json").read_text(encoding="utf-8"))
+        stopped = status["state"] == "stopped" and status["step"] == step
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if not stopped:
+        return
+    earlier = next((path for path in _checkpoints(folder) if path != checkpoint and why_not_whole(path) is None), None)
+    choice = "" if earlier is None else f"--resume_from_checkpoint {earlier} to go on from before it; or "
+    why = status.get("error") or "see trl-opd report."
+    raise ValueError(
+        f"output_dir must be empty or hold a run to go on with, got {str(folder)!r}: an alarm has stopped its run at "
+        f"step {step}. {why} Set {choice}--resume always to go on all the same; or --resume never to start anew."
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

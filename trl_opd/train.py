@@ -317,6 +317,13 @@ def _train(trainer: Any, args: Any, script_args: Any, config: dict[str, Any], st
     except KeyboardInterrupt:
         say(f"\nInterrupted after step {trainer.state.global_step}. The same command goes on at the last checkpoint.")
         return 130
+    alarm = next((c.stopped_by for c in trainer.callback_handler.callbacks if getattr(c, "stopped_by", None)), None)
+    if alarm is not None:
+        say(
+            f"Stopped by an alarm, with a checkpoint. {alarm}\nNo model was saved in {args.output_dir} itself. What "
+            f"happened: trl-opd report {args.output_dir}"
+        )
+        return 1
     trainer.save_model(args.output_dir)
     say(f"The model is in {args.output_dir}. What happened: trl-opd report {args.output_dir}")
     if args.push_to_hub:
