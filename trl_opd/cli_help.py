@@ -75,9 +75,10 @@ Examples:
   accelerate launch -m trl_opd.train --config run.yaml       # several GPUs
   torchrun --nproc-per-node 8 -m trl_opd.train --config run.yaml
 
-Exit codes: 0 done (also: had been finished before); 1 training failed or an alarm stopped it, or a dry
-run with preflight: strict found something; 2 what was given is wrong; 130
-interrupted (the same command goes on at the last checkpoint).
+Exit codes: 0 done (also: had been finished before); 1 training failed, an alarm
+stopped it, or a dry run with preflight: strict found something; 2 what was
+given is wrong; 130 interrupted (the same command goes on at the last
+checkpoint).
 """
 
 SCORE = """\
