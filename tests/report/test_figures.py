@@ -194,6 +194,11 @@ class TestNumbers:
             ("c", ["x", "–", "–"]),
         ]
 
+    def test_an_adapter_and_all_weights_differ(self):
+        infos = [{"student": {"name": "s", "adapter": "LORA r=8"}}, {"student": {"name": "s", "adapter": None}}]
+        rows = config_differences([make_run([], info=info) for info in infos])
+        assert [(row.name, row.cells) for row in rows] == [("trained", ["LORA r=8", "all weights"])]
+
     def test_alarms_of_one_name_are_one(self):
         alarms = [{"step": s, "alarm": a, "seen": f"{a}{s}"} for s, a in ((3, "x"), (4, "y"), (9, "x"))]
         run = make_run([], alarms=alarms)

@@ -161,9 +161,11 @@ class Row:
 
 def config_differences(runs: Sequence[Run]) -> list[Row]:
     """Fields of the configuration (and student, teacher, recipe) in which runs differ; "–" where a run has none."""
-    rows = []
+    rows: list[Row] = []
     for name in ("student", "teacher", "recipe"):
         rows.append(Row(name, [_name_of(run.info.get(name)) for run in runs]))
+        if name == "student":
+            rows.append(Row("trained", [_trained(run.info.get(name)) for run in runs]))
     configs = [run.info.get("config") or {} for run in runs]
     for name in dict.fromkeys(name for config in configs for name in config):
         rows.append(Row(name, [as_text(config[name]) if name in config else "–" for config in configs]))
@@ -172,6 +174,13 @@ def config_differences(runs: Sequence[Run]) -> list[Row]:
 
 def _name_of(value: Any) -> str:
     return str(value.get("name") or "–") if isinstance(value, dict) else "–"
+
+
+def _trained(student: Any) -> str:
+    """What of the student is trained: an adapter's shape, or all weights."""
+    if not isinstance(student, dict):
+        return "–"
+    return str(student["adapter"]) if student.get("adapter") else "all weights"
 
 
 def final_numbers(runs: Sequence[Run]) -> list[Row]:
