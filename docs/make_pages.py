@@ -103,6 +103,8 @@ def _signature(value: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and "*" not in plain and not any(x.startswith("*") for x in plain):
             plain.append("*")
         plain.append(f"{star}{p.name}{default if len(default) < 40 else '=...'}")
+    if sum(map(len, plain)) > 80:
+        return "(\n    " + ",\n    ".join(plain) + ",\n)"
     return f"({', '.join(plain)})"
 
 

@@ -356,6 +356,7 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error():
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_resumes_and_reports_failures(start, folder, tmp_path, capsys, monkeypatch):
     kept, drawn, page = (tmp_path / name for name in ("m.json", "m.png", "m.md"))
     inner = methods_train.make_trainer

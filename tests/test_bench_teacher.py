@@ -75,6 +75,7 @@ def test_the_kl_is_that_of_the_full_distributions(tmp_path):
     assert weight_bytes(base.model) == parameters + sum(b.nbytes for b in base.model.buffers())
 
 
+@pytest.mark.slow
 def test_peak_memory_is_measured_in_a_process_of_its_own(tmp_path):
     args = parse()
     path = teacher.make_path(args, str(tmp_path))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import make_tokenizer
 from two_processes import (
+    FAILURES,
     LEARNING_RATE,
     MASKED_PROMPTS,
     PROMPTS,
@@ -147,3 +148,21 @@ def test_diagnostics_that_fail_on_one_process_hold_up_none():
         assert line["distill/teacher_rank"] == pytest.approx(expected["distill/teacher_rank"])
         assert line["completions/distinct_share"] == 1  # of the first process's samples
     assert first["logs"][0]["completions/repetition"] != pytest.approx(whole["logs"][0]["completions/repetition"])
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_on_one_process_stops_both(name):
+    good, bad = result_of(f"failure, {name}")
+    telling = {"shape": "of shape", "raises": "the server is gone", "view": "teacher_view failed"}.get(name, "nan at")
+    assert telling in bad["message"] and "another process" not in bad["message"]
+    assert "another process" in good["message"]
+    for result in (good, bad):
+        assert "A checkpoint of step 1 is in" in result["message"]
+        assert result["checkpoints"] == ["checkpoint-1"]
+        for key, weight in result["before"].items():
+            assert torch.equal(result["saved"][key], weight)
+    healthy_run = {"local": "dapo", "local, policy gradient": "policy gradient, dapo"}.get(name, "top-k teacher")
+    assert healthy_run in RUNS
+    for result in (good, bad):
+        for key, expected in one_process(healthy_run)["weights"].items():
+            torch.testing.assert_close(result["weights"][key], expected, rtol=1e-6, atol=1e-6)

@@ -66,7 +66,7 @@ def commands(page):
                     found.append(part.strip())
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for command in re.findall(r"`(trl-opd [^`]+)`", prose):  # those without a word in capitals, which stands for yours
-        if not re.search(r"\b[A-Z]{2,}\b", command) and len(command.split()) > 2 and not command.endswith("--config"):
+        if not re.search(r"\b[A-Z_]{2,}\b", command) and len(command.split()) > 2 and not command.endswith("--config"):
             found.append(command)
     return found
 

@@ -92,6 +92,7 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_take_the_same_source_and_keep_groups_whole(two):
     (first, _), (second, _) = (result["whole"] for result in two)
@@ -108,6 +109,7 @@ def test_two_processes_take_the_same_source_and_keep_groups_whole(two):
     assert "replay" in kinds[5:]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_resume_with_the_same_draws(two):
     for result in two:
@@ -115,6 +117,7 @@ def test_two_processes_resume_with_the_same_draws(two):
         assert resumed == whole[5:] and again[:-1] == logs[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_group_over_two_processes_fails_as_one(two):
     (first, calls), (second, others) = (result["failing"] for result in two)
@@ -128,6 +131,7 @@ def test_a_group_over_two_processes_fails_as_one(two):
     assert 0 < failed < len(first) and calls == others == len(first) + failed
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_failure_of_one_process_stops_both(two):
     messages = [result["stopped"] for result in two]

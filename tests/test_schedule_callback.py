@@ -482,6 +482,7 @@ def train_on_fixed_rollouts(output_dir, world=1):
     return [{k: v for k, v in line.items() if "schedule" in k or k == "loss"} for line in trainer.state.log_history]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_have_the_values_of_one(tmp_path):
     run_two(__file__, tmp_path)

@@ -8,16 +8,12 @@ from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, make_tokenizer
 from transformers import TrainerCallback
 from two_processes import (
-    FAILURES,
     PG,
     PROMPTS,
-    RUNS,
     RememberWeights,
     complete,
     make_teacher,
     make_trainer,
-    one_process,
-    result_of,
     topk_teacher,
     train,
 )
@@ -239,22 +235,3 @@ def test_scores_outside_of_the_loss_are_ignored(tmp_path, credit, masking):
         names = [k for k in line if "distill" in k and not k.endswith(("wait", "per_second"))]
         ours, theirs = ({k: x[k] for k in names} for x in (line, other))
         assert ours == theirs
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_on_one_process_stops_both(name):
-    good, bad = result_of(f"failure, {name}")
-    telling = {"shape": "of shape", "raises": "the server is gone", "view": "teacher_view failed"}.get(name, "nan at")
-    assert telling in bad["message"] and "another process" not in bad["message"]
-    assert "another process" in good["message"]
-    for result in (good, bad):
-        assert "A checkpoint of step 1 is in" in result["message"]
-        assert result["checkpoints"] == ["checkpoint-1"]
-        for key, weight in result["before"].items():
-            assert torch.equal(result["saved"][key], weight)
-    healthy_run = {"local": "dapo", "local, policy gradient": "policy gradient, dapo"}.get(name, "top-k teacher")
-    assert healthy_run in RUNS
-    for result in (good, bad):
-        for key, expected in one_process(healthy_run)["weights"].items():
-            torch.testing.assert_close(result["weights"][key], expected, rtol=1e-6, atol=1e-6)

@@ -21,8 +21,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from . import __version__, cli_help
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "score" and set(rest) & {"-h", "--help"}:
         print(cli_help.SCORE, end="")
         return 0
-    hush()
-    command = demo if name == "demo" else importlib.import_module(COMMANDS[name]).main
-    if set(rest) & {"-h", "--help"}:
-        return show_help(command, rest)
-    return int(command(rest) or 0)
+    with hushed():
+        command = demo if name == "demo" else importlib.import_module(COMMANDS[name]).main
+        if set(rest) & {"-h", "--help"}:
+            return show_help(command, rest)
+        return int(command(rest) or 0)
 
 
 def show_help(command: Callable[[list[str]], Any], argv: list[str]) -> int:
@@ -107,12 +107,18 @@ def fit(text: str, width: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def hush() -> None:
-    """Keep libraries from speaking of optional parts that they did not find."""
-    if os.environ.get("TRL_OPD_VERBOSE"):
-        return
-    for name in _CHATTERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside, libraries do not speak of optional parts that they did not find."""
+    names = () if os.environ.get("TRL_OPD_VERBOSE") else _CHATTERS
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def demo(argv: Sequence[str]) -> int:

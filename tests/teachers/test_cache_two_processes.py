@@ -10,6 +10,7 @@ from processes import run_two
 from trl_opd.teachers.cache import CacheReader
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_each_process_records_a_part_and_replays_its_share_of_a_group(tmp_path):
     run_two(str(Path(__file__).parent / "cache_two_processes.py"), tmp_path)

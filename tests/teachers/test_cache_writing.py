@@ -39,6 +39,7 @@ def write(folder, samples, **fields):
         writer.write([q for q, _ in samples], {writer.key(q): a for q, a in samples})
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_of_writing_it_resumes_to_the_same_bytes(tmp_path):
     arguments = score_arguments(tmp_path, rows=make_rows(7), shard_tokens=8)
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))

@@ -6,7 +6,7 @@ import torch
 from processes import run_two
 from several_processes import RUNS, SHARDED, one_process
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TIMES = ("teacher_wait", "tokens_per_second")
 
 
