@@ -153,7 +153,7 @@ def alarms() -> str:
         "precedes a collapse. `on_alarm` says what follows: `warn` (default) logs the alarm, `stop` also ends the run "
         "after that step with a checkpoint, `off`, or the import path of a function of the `Alarm`, which may return "
         '`"stop"`. `callbacks=[AlarmCallback(on_alarm=my_function)]` takes a function as it is. Alarms are kept in '
-        "`output_dir/opd/alarms.jsonl` and shown in the report.",
+        "`output_dir/_opd/alarms.jsonl` and shown in the report.",
         "A *line* is a logged training line (`logging_steps` optimizer steps). *Recent* is the median of the last few "
         "lines; the *running* level is the median of the window before them, its *spread* the larger of its scaled "
         "median absolute deviation and of the distance from its median to its 90th percentile in standard deviations "

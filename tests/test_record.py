@@ -38,17 +38,17 @@ def refuse(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-def read(path, name, folder="opd"):
+def read(path, name, folder="_opd"):
     return json.loads(Path(path, folder, name).read_text(), parse_constant=refuse)
 
 
-def lines(path, name="log.jsonl", folder="opd"):
+def lines(path, name="log.jsonl", folder="_opd"):
     text = Path(path, folder, name).read_text()
     assert text == "" or text.endswith("\n")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def steps(path, folder="opd"):
+def steps(path, folder="_opd"):
     return [line["step"] for line in lines(path, folder=folder) if "loss" in line["logs"]]
 
 
@@ -88,7 +88,7 @@ def test_a_finished_run(tmp_path):
     )
     trainer.findings = [Finding("eos", "ok", "same"), Finding("bos", "warning", "differs", "why", "do")]
     trainer.train()
-    assert {f.name for f in (tmp_path / "opd").iterdir()} == FILES
+    assert {f.name for f in (tmp_path / "_opd").iterdir()} == FILES
 
     logged = lines(tmp_path)
     history = [
@@ -227,7 +227,7 @@ def test_without_a_teacher_there_is_no_record(tmp_path):
         processing_class=make_tokenizer(),
     )
     trainer.train()
-    assert not (tmp_path / "opd").exists()
+    assert not (tmp_path / "_opd").exists()
 
 
 # Runs that go on, and runs that begin anew
@@ -240,9 +240,9 @@ def test_a_resumed_run_has_each_step_once_and_its_history(tmp_path):
         first.train()
     for step in (1, 2, 3):
         first.recorder.add_alarm({"step": step, **ALARM})
-    with open(tmp_path / "opd" / "log.jsonl", "a") as file:
+    with open(tmp_path / "_opd" / "log.jsonl", "a") as file:
         file.write('{"time": 1, "step": 2, "lo')  # a kill has torn it
-    assert [json.loads(t)["step"] for t in (tmp_path / "opd/log.jsonl").read_text().splitlines()[:-1]] == [1, 2]
+    assert [json.loads(t)["step"] for t in (tmp_path / "_opd/log.jsonl").read_text().splitlines()[:-1]] == [1, 2]
     started = read(tmp_path, "run.json")["started"]
 
     for attempt in (1, 2):
@@ -256,7 +256,7 @@ def test_a_resumed_run_has_each_step_once_and_its_history(tmp_path):
         assert isinstance(history[0]["command"], list)
         assert read(tmp_path, "status.json")["state"] == "finished"
     assert sum("train_runtime" in line["logs"] for line in lines(tmp_path)) == 1, "the run ended once"
-    assert not (tmp_path / "opd.1").exists()
+    assert not (tmp_path / "_opd.1").exists()
 
 
 def test_a_run_that_goes_on_behind_its_end_has_ended_once(tmp_path):
@@ -275,8 +275,8 @@ def test_a_new_run_in_the_same_folder_keeps_the_old_record_apart(tmp_path):
     trainer.train()
     make_trainer(tmp_path, max_steps=3).train()
     assert steps(tmp_path) == [1, 2, 3]
-    assert steps(tmp_path, folder="opd.1") == [1] and steps(tmp_path, folder="opd.2") == [1, 2]
-    assert read(tmp_path, "status.json", folder="opd.1")["max_steps"] == 1
+    assert steps(tmp_path, folder="_opd.1") == [1] and steps(tmp_path, folder="_opd.2") == [1, 2]
+    assert read(tmp_path, "status.json", folder="_opd.1")["max_steps"] == 1
     assert read(tmp_path, "run.json")["history"] == []
 
 
@@ -289,7 +289,7 @@ def test_a_record_in_which_nothing_was_logged_is_not_kept(tmp_path):
                 trainer.train()
         else:
             trainer.train()
-    assert sorted(f.name for f in tmp_path.iterdir() if f.name.startswith("opd")) == ["opd"]
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name.startswith("_opd")) == ["_opd"]
 
 
 def test_a_run_that_cannot_begin_leaves_the_record_of_the_last_one(tmp_path):
@@ -304,7 +304,7 @@ def test_a_run_that_cannot_begin_leaves_the_record_of_the_last_one(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_warns_once_and_the_run_goes_on(tmp_path):
-    (tmp_path / "opd").write_text("not a folder")
+    (tmp_path / "_opd").write_text("not a folder")
     trainer = make_trainer(tmp_path)
     with pytest.warns(UserWarning, match=r"Writing the record of the run failed with .*opd") as caught:
         trainer.train()
@@ -322,14 +322,14 @@ def test_a_full_disk_warns_once_and_the_run_goes_on(tmp_path):
 
 
 def _fill(path):
-    (path / "opd" / "log.jsonl").unlink()
-    (path / "opd" / "log.jsonl").symlink_to("/dev/full")
+    (path / "_opd" / "log.jsonl").unlink()
+    (path / "_opd" / "log.jsonl").symlink_to("/dev/full")
 
 
 def test_a_line_that_did_not_fit_is_taken_away(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train()
-    before = (tmp_path / "opd" / "log.jsonl").read_bytes()
+    before = (tmp_path / "_opd" / "log.jsonl").read_bytes()
     real = open
 
     class Short:
@@ -352,7 +352,7 @@ def test_a_line_that_did_not_fit_is_taken_away(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="10 of"):
         trainer.recorder.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})
     monkeypatch.undo()
-    assert (tmp_path / "opd" / "log.jsonl").read_bytes() == before
+    assert (tmp_path / "_opd" / "log.jsonl").read_bytes() == before
 
 
 SCRIPT = """
@@ -368,7 +368,7 @@ def test_a_run_that_is_killed_leaves_whole_lines(tmp_path):
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        log, deadline = tmp_path / "opd" / "log.jsonl", time.time() + 120
+        log, deadline = tmp_path / "_opd" / "log.jsonl", time.time() + 120
         while not log.exists() or log.read_bytes().count(b"\n") < 5:
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.01)
@@ -379,7 +379,7 @@ def test_a_run_that_is_killed_leaves_whole_lines(tmp_path):
     status = read(tmp_path, "status.json")
     assert status["state"] == "running" and status["step"] in (len(logged) - 1, len(logged))
     assert status["pid"] == process.pid and read(tmp_path, "run.json")["pid"] == process.pid
-    assert set(json.loads((tmp_path / "opd" / "findings.json").read_text())) == {"findings", "checks"}
+    assert set(json.loads((tmp_path / "_opd" / "findings.json").read_text())) == {"findings", "checks"}
 
 
 # Secrets
@@ -398,7 +398,7 @@ def test_secrets_are_in_no_file(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=1, model_init_kwargs=None, hub_token=fields["hub_token"])
     trainer.args.model_init_kwargs = fields["model_init_kwargs"]
     trainer.train()
-    text = "".join(f.read_text() for f in (tmp_path / "opd").iterdir())
+    text = "".join(f.read_text() for f in (tmp_path / "_opd").iterdir())
     for secret in ("environment-1", "argument_22", "argument-3", "in-url-4", "in-a-dict-5", "field_66", "nested_7"):
         assert secret not in text, secret
     run = read(tmp_path, "run.json")

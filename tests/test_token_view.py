@@ -10,8 +10,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from alone import ids_of, logprobs_alone
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from processes import run_two
 from rich.console import Console
@@ -55,7 +57,8 @@ def run(tmp_path, **kwargs):
 
 
 def files(path):
-    return {int(f.stem.split("_")[1]): pd.read_parquet(f) for f in sorted(Path(path, "completions").glob("*"))}
+    files = [*Path(path, "_opd/completions").glob("*"), *Path(path, "completions").glob("*")]
+    return {int(f.stem.split("_")[1]): pd.read_parquet(f) for f in sorted(files)}
 
 
 def seen(frame):
@@ -369,8 +372,27 @@ def test_trl_s_own_columns_stay_as_they_were(tmp_path):
     assert not list(tmp_path.glob("*/completions/.*")), "no half of a file is left"
 
 
+def test_nothing_of_the_data_is_uploaded_with_the_model(tmp_path, monkeypatch):
+    """What `push_to_hub` hands over: the folder, and which names stay behind."""
+    trainer, tables = run(tmp_path, teacher=teacher())
+    assert tables and (tmp_path / "_opd/run.json").exists()
+    trainer.save_model(str(tmp_path))
+    asked = {}
+    monkeypatch.setattr(
+        transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=lambda **k: asked.update(k))
+    )
+    for name in ("init_hf_repo", "_finish_current_push", "create_model_card"):
+        monkeypatch.setattr(trainer, name, lambda *args, **kwargs: None)
+    trainer.hub_model_id = "someone/something"
+    trainer.push_to_hub()
+    files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()]
+    sent = set(filter_repo_objects(files, ignore_patterns=asked["ignore_patterns"]))
+    assert "model.safetensors" in sent and not [name for name in sent if "opd" in name or "completions" in name]
+
+
 def test_a_view_that_cannot_be_written_warns_once_and_the_run_goes_on(tmp_path):
-    (tmp_path / "completions").write_text("not a folder")
+    (tmp_path / "_opd").mkdir()
+    (tmp_path / "_opd/completions").write_text("not a folder")
     with pytest.warns(UserWarning, match="The token view failed with .*The run goes on without it") as caught:
         trainer = build(tmp_path, teacher=teacher(), **STILL)
         trainer.train()

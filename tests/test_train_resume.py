@@ -192,10 +192,10 @@ def test_a_run_from_python_is_known_by_its_record(tmp_path):
     write_checkpoint(tmp_path, 2)
     with pytest.raises(ValueError, match="is not known"):
         start_of(tmp_path)
-    (tmp_path / "opd").mkdir()
-    (tmp_path / "opd" / "run.json").write_text(json.dumps({"config": {"learning_rate": 1e-4}}))
+    (tmp_path / "_opd").mkdir()
+    (tmp_path / "_opd" / "run.json").write_text(json.dumps({"config": {"learning_rate": 1e-4}}))
     assert start_of(tmp_path).step == 2
-    (tmp_path / "opd" / "run.json").write_text(json.dumps({"config": {"learning_rate": 1.0}}))
+    (tmp_path / "_opd" / "run.json").write_text(json.dumps({"config": {"learning_rate": 1.0}}))
     with pytest.raises(ValueError, match="learning_rate was 1"):
         start_of(tmp_path)
 
@@ -244,7 +244,7 @@ def test_the_best_model_is_saved_where_it_was_asked_for(tmp_path):
 
 def test_never_moves_what_is_there(tmp_path):
     write_checkpoint(tmp_path, 2)
-    (tmp_path / "opd").mkdir()
+    (tmp_path / "_opd").mkdir()
     (tmp_path / "mine.txt").write_text("x")
     write_config(str(tmp_path), CONFIG)
     for number in (1, 2):
@@ -256,7 +256,7 @@ def test_never_moves_what_is_there(tmp_path):
         assert not (tmp_path / "checkpoint-2").exists() and (tmp_path / "mine.txt").exists()
         assert last_checkpoint(tmp_path) == (None, [])
         write_checkpoint(tmp_path, 2)
-    assert (tmp_path / "earlier.1" / CONFIG_FILE).is_file() and (tmp_path / "earlier.1" / "opd").is_dir()
+    assert (tmp_path / "earlier.1" / CONFIG_FILE).is_file() and (tmp_path / "earlier.1" / "_opd").is_dir()
     assert start_of(tmp_path / "new", "never").moves == {}
 
 

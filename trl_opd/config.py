@@ -223,7 +223,8 @@ class OnPolicyDistillConfig(GRPOConfig):
             Whether the metrics of `trl_opd.diagnostics` are logged beside the objective's own.
         token_view (`int`, *optional*, defaults to `4`):
             Completions whose tokens are kept at each log line, with both models' log-probs, in
-            `output_dir/completions`; with `log_completions` all of them. `0` keeps none.
+            `output_dir/_opd/completions`; with `log_completions` all of them, in TRL's `output_dir/completions`. `0`
+            keeps none.
         on_alarm (`str`, *optional*, defaults to `"warn"`):
             What the alarms of `trl_opd.alarms` do: `"warn"`, `"stop"` (with a checkpoint), `"off"`, or the import path
             of a function of the [`alarms.Alarm`].

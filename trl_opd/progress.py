@@ -2,7 +2,7 @@
 """
 The log lines of `trl-opd train` on the screen: the few numbers to watch, in one line of 80 columns.
 
-All of them are in `output_dir/opd/log.jsonl`, in the trackers and in the report.
+All of them are in `output_dir/__opd/log.jsonl`, in the trackers and in the report.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,7 +2,7 @@
 """
 What a run leaves on disk for `trl-opd report`, from its first second on and also when it is killed.
 
-Files of `output_dir/opd/`: `run.json` (what runs), `log.jsonl` (one line a log, `null` for a number that is not
+Files of `output_dir/_opd/`: `run.json` (what runs), `log.jsonl` (one line a log, `null` for a number that is not
 finite), `alarms.jsonl`, `findings.json` (of the checks before the start) and `status.json` (how it stands; a killed
 run leaves `"running"`). Lines are appended whole, the other files are replaced whole.
 """
@@ -26,17 +26,16 @@ from .quietly import Quietly
 if TYPE_CHECKING:
     from .trainer import OnPolicyDistillTrainer
 
-FOLDER = "opd"
 _FORMAT = 1
 _SUMMARY = "train_runtime"  # is only in the line that ends a run
 
 
 class RunRecorder(TrainerCallback):
     """
-    Writes `output_dir/opd/`, on the main process.
+    Writes `output_dir/_opd/`, on the main process.
 
     A resumed run goes on in the files of the run before, without its lines after the checkpoint. A run that begins
-    anew moves them to `opd.1`, `opd.2`, ... A disk that is full costs the lines that did not fit, and a folder that
+    anew moves them to `_opd.1`, `_opd.2`, ... A disk that is full costs the lines that did not fit, and a folder that
     cannot be written all of them; neither ends the run.
 
     Args:
@@ -58,7 +57,7 @@ class RunRecorder(TrainerCallback):
     @property
     def folder(self) -> Path:
         """Where the files are."""
-        return Path(self.trainer.args.output_dir) / FOLDER
+        return Path(self.trainer.args.output_dir) / run_facts.FOLDER
 
     # The course of a run
 
@@ -189,7 +188,7 @@ class RunRecorder(TrainerCallback):
         if not log.exists() or log.stat().st_size == 0:
             return
         number = 1
-        while (target := self.folder.with_name(f"{FOLDER}.{number}")).exists():
+        while (target := self.folder.with_name(f"{run_facts.FOLDER}.{number}")).exists():
             number += 1
         self.folder.rename(target)
 

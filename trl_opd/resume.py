@@ -133,7 +133,7 @@ def _anew(folder: Path) -> Start:
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return Start()
-    records = [folder / name for name in ("opd", "completions", CONFIG_FILE)]
+    records = [folder / name for name in ("_opd", "completions", CONFIG_FILE)]
     old = [*checkpoints, *(path for path in records if path.exists())]
     number = next(n for n in range(1, 10**6) if not (folder / f"earlier.{n}").exists())
     target = folder / f"earlier.{number}"
@@ -282,7 +282,7 @@ def _check_same(folder: Path, checkpoint: Path, config: Mapping[str, Any]) -> No
 def _check_not_stopped(folder: Path, checkpoint: Path, step: int) -> None:
     """A run that an alarm has stopped would go on into what it was stopped for."""
     try:
-        status = json.loads((folder / "opd" / "status.json").read_text(encoding="utf-8"))
+        status = json.loads((folder / "_opd" / "status.json").read_text(encoding="utf-8"))
         stopped = status["state"] == "stopped" and status["step"] == step
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -299,7 +299,7 @@ def _check_not_stopped(folder: Path, checkpoint: Path, step: int) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """Of `trl-opd train`; or, of a run started from Python, what its record says of its arguments."""
-    for path, key in ((folder / CONFIG_FILE, None), (folder / "opd" / "run.json", "config")):
+    for path, key in ((folder / CONFIG_FILE, None), (folder / "_opd" / "run.json", "config")):
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             known = known if key is None else known[key]

@@ -26,6 +26,8 @@ from .teachers.base import leaves, teacher_name
 if TYPE_CHECKING:
     from .trainer import OnPolicyDistillTrainer
 
+# Of the output folder. Transformers uploads nothing whose name begins so to the hub: no data with the model
+FOLDER = "_opd"
 PACKAGES = ("trl-opd", "trl", "transformers", "torch", "peft", "accelerate", "datasets", "liger-kernel", "vllm")
 _HIDDEN = "***"
 _SECRET = re.compile(

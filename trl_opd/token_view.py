@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .quietly import Quietly
+from .run_facts import FOLDER
 from .student import sampled_answer, sampled_ranks
 from .teachers.answers import is_dense
 from .token_files import VALUES, choose, make_table, read_and_extend, write_table
@@ -183,7 +184,9 @@ class TokenView:
             return
         with self._quietly:
             trainer = self.trainer
-            path = Path(trainer.args.output_dir, "completions", f"completions_{self._rows_step:05d}.parquet")
+            # Without a completions log they are a part of the record, which is not uploaded with the model
+            folder = Path(trainer.args.output_dir, *([] if trainer.log_completions else [FOLDER]), "completions")
+            path = folder / f"completions_{self._rows_step:05d}.parquet"
             if trainer.log_completions:
                 write_table(read_and_extend(path, self._in_log(), self.texts), path)
                 if self._is_new:

@@ -158,7 +158,7 @@ def write_lines(path: Path, items: list[dict[str, Any]]) -> None:
 
 def write_status(folder: Path, state: str = "finished", **fields: Any) -> None:
     status = {"state": state, "step": 60, "max_steps": 60, "updated": time.time(), "pid": os.getpid()}
-    write_json(folder / "opd/status.json", {**status, "host": platform.node(), "error": None, **fields})
+    write_json(folder / "_opd/status.json", {**status, "host": platform.node(), "error": None, **fields})
 
 
 def write_run(
@@ -202,16 +202,16 @@ def write_run(
         "position_edges": [0, 8, 16, 32, 64],
         "history": [{"started": "2026-11-26T06:00:00+00:00", "command": ["trl-opd", "train"], "step": 20}],
     }
-    write_json(folder / "opd/run.json", facts)
+    write_json(folder / "_opd/run.json", facts)
     lines = [{"time": 1_700_000_000.0 + 4 * s, "step": s, "logs": logs} for s, logs in course(num_steps, seed, reward)]
     for line in lines[9::10]:
         line["logs"]["eval_loss"] = line["logs"]["loss"] * 1.1
         line["logs"]["eval_distill/reverse_kl"] = line["logs"]["distill/reverse_kl"] * 1.2
     lines[-1]["logs"]["train_runtime"] = 240.5
-    write_lines(folder / "opd/log.jsonl", lines)
-    write_lines(folder / "opd/alarms.jsonl", [alarm(step, do=f"Lower learning_rate. {text}") for step in alarms])
+    write_lines(folder / "_opd/log.jsonl", lines)
+    write_lines(folder / "_opd/alarms.jsonl", [alarm(step, do=f"Lower learning_rate. {text}") for step in alarms])
     findings = [{**FINDING, "seen": FINDING["seen"] + text}]
-    write_json(folder / "opd/findings.json", {"findings": findings, "checks": CHECKS})
+    write_json(folder / "_opd/findings.json", {"findings": findings, "checks": CHECKS})
     write_status(folder, state, **{"step": num_steps, "max_steps": num_steps, **(status or {})})
     (folder / "completions").mkdir(exist_ok=True)
     for step in (1, num_steps // 2, num_steps):

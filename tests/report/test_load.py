@@ -35,7 +35,7 @@ def test_a_whole_run(tmp_path: Path):
 def test_a_torn_last_line_is_left_out_silently(tmp_path: Path, tail: str):
     """A run is being written, or was killed while it wrote."""
     folder = write_run(tmp_path / "run", num_steps=30)
-    with open(folder / "opd/log.jsonl", "a") as file:
+    with open(folder / "_opd/log.jsonl", "a") as file:
         file.write(tail)
     run = load_run(folder)
     assert run.lines[-1].step == 30 and run.notes == []
@@ -43,16 +43,16 @@ def test_a_torn_last_line_is_left_out_silently(tmp_path: Path, tail: str):
 
 def test_a_last_line_without_its_end_counts_if_it_is_whole(tmp_path: Path):
     folder = write_run(tmp_path / "run", num_steps=3)
-    with open(folder / "opd/log.jsonl", "a") as file:
+    with open(folder / "_opd/log.jsonl", "a") as file:
         file.write('{"time": 1.0, "step": 4, "logs": {"loss": 0.5}}')
     assert load_run(folder).lines[-1].logs == {"loss": 0.5}
 
 
 def test_a_broken_line_in_the_middle_is_told(tmp_path: Path):
     folder = write_run(tmp_path / "run", num_steps=4)
-    lines = (folder / "opd/log.jsonl").read_text().splitlines()
+    lines = (folder / "_opd/log.jsonl").read_text().splitlines()
     lines[1] = lines[1][:40]
-    (folder / "opd/log.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "_opd/log.jsonl").write_text("\n".join(lines) + "\n")
     run = load_run(folder)
     assert [line.step for line in run.lines] == [1, 3, 4]
     assert run.notes == ["log.jsonl: 1 unreadable line left out."]
@@ -62,7 +62,7 @@ def test_numbers_that_are_none_are_gaps(tmp_path: Path):
     folder = write_run(tmp_path / "run", num_steps=1)
     logs = '{"loss": NaN, "grad_norm": null, "reward": Infinity, "text": "no", "flag": true, "kl": 2}'
     lines = ['{"time": 1.0, "step": 1, "logs": ' + logs + "}", '{"step": "x", "logs": {}}', ""]
-    (folder / "opd/log.jsonl").write_text("\n".join(lines))
+    (folder / "_opd/log.jsonl").write_text("\n".join(lines))
     (line,) = load_run(folder).lines
     assert line.logs == {"loss": None, "grad_norm": None, "reward": None, "kl": 2}
 
@@ -71,7 +71,7 @@ def test_numbers_that_are_none_are_gaps(tmp_path: Path):
 @pytest.mark.parametrize("how", ["gone", "empty", "torn"])
 def test_any_file_may_be_missing_or_torn(tmp_path: Path, missing: str, how: str):
     folder = write_run(tmp_path / "run", num_steps=5)
-    file = folder / "opd" / missing
+    file = folder / "_opd" / missing
     if how == "gone":
         file.unlink()
     else:
@@ -90,7 +90,7 @@ def test_any_file_may_be_missing_or_torn(tmp_path: Path, missing: str, how: str)
 def test_files_of_another_form_do_no_harm(tmp_path: Path, content: str):
     folder = write_run(tmp_path / "run", num_steps=5)
     for name in ("run.json", "findings.json", "status.json"):
-        (folder / "opd" / name).write_text(content)
+        (folder / "_opd" / name).write_text(content)
     run = load_run(folder)
     assert len(run.lines) == 5 and run.restarts == []
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_or_the_opd_folder_will_do(tmp_path: Path):
     write_checkpoint(tmp_path / "old" / "checkpoint-9", 9)
     assert load_run(tmp_path / "old" / "checkpoint-9").lines[-1].step == 9
     folder = write_run(tmp_path / "new", num_steps=5)
-    assert load_run(folder / "opd").path == folder
+    assert load_run(folder / "_opd").path == folder
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path):
         load_run(tmp_path / "nowhere")
     with pytest.raises(NoRunError) as caught:
         load_run(tmp_path)
-    for name in ("opd/run.json", "opd/log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json"):
+    for name in ("_opd/run.json", "_opd/log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json"):
         assert name in str(caught.value)
     write_run(tmp_path / "a", num_steps=2)
     with pytest.raises(NoRunError, match=r"for example \S*/a$"):
@@ -197,7 +197,7 @@ class TestState:
         folder = write_run(tmp_path / "run", num_steps=2)
         now = time.time()
         lines = [{"time": now - t, "step": i, "logs": {"loss": 1.0}} for i, t in enumerate((5400, 3600))]
-        (folder / "opd/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "_opd/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_status(folder, "running", host="far-away", updated=now - 3600)
         assert load_run(folder).state.name == "running"
 
@@ -209,9 +209,9 @@ class TestState:
 
     def test_no_status(self, tmp_path: Path):
         folder = write_run(tmp_path / "run", num_steps=5)
-        (folder / "opd/status.json").unlink()
+        (folder / "_opd/status.json").unlink()
         assert load_run(folder).state.name == "unknown"
-        write_json(folder / "opd/status.json", {"state": 3, "updated": "yesterday", "step": float("nan"), "pid": "x"})
+        write_json(folder / "_opd/status.json", {"state": 3, "updated": "yesterday", "step": float("nan"), "pid": "x"})
         assert load_run(folder).state.name == "unknown"
 
 

@@ -126,13 +126,13 @@ class TestOneRun:
 def hostile(tmp_path_factory) -> Page:
     folder = tmp_path_factory.mktemp("hostile") / "run<b>"
     write_run(folder, num_steps=6, text=HOSTILE, alarms=(2,), state="failed", status={"error": HOSTILE})
-    facts = json.loads((folder / "opd/run.json").read_text())
+    facts = json.loads((folder / "_opd/run.json").read_text())
     facts["recipe"]["link"] = "javascript:alert(1)"
     facts["config"][HOSTILE] = facts["changed"][HOSTILE] = HOSTILE
     facts["versions"][HOSTILE] = HOSTILE
-    write_json(folder / "opd/run.json", facts)
+    write_json(folder / "_opd/run.json", facts)
     line = {"time": 1.0, "step": 7, "logs": {f"rewards/{HOSTILE}/mean": 1.0, HOSTILE: 2.0}}
-    with open(folder / "opd/log.jsonl", "a") as file:
+    with open(folder / "_opd/log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     return Page(write_report([folder, folder], folder / "report.html"))
 
@@ -159,7 +159,7 @@ class TestHostileTexts:
 
     def test_texts_that_are_no_unicode_can_be_written(self, tmp_path: Path):
         folder = write_run(tmp_path / "run", num_steps=2)
-        write_json(folder / "opd/run.json", {"student": {"name": "\ud83d half a character \x00\x1b[31m"}})
+        write_json(folder / "_opd/run.json", {"student": {"name": "\ud83d half a character \x00\x1b[31m"}})
         assert "half a character" in Page(write_report(folder, tmp_path / "report.html")).text
 
 
@@ -200,7 +200,7 @@ class TestSeveralRuns:
 class TestAnyState:
     def test_a_run_that_has_not_logged(self, tmp_path: Path):
         folder = write_run(tmp_path / "run", num_steps=1)
-        for file in [folder / "opd/log.jsonl", *(folder / "completions").iterdir()]:
+        for file in [folder / "_opd/log.jsonl", *(folder / "completions").iterdir()]:
             file.unlink()
         write_status(folder, "running", step=0)
         page = Page(write_report(folder, tmp_path / "report.html"))
@@ -224,7 +224,7 @@ class TestAnyState:
     def test_facts_of_another_form(self, tmp_path: Path):
         folder = write_run(tmp_path / "run", num_steps=3)
         for facts in ({"student": None, "teacher": {"name": "x", "kind": "y", "members": ["a", {"z": 1}]}}, {}):
-            write_json(folder / "opd/run.json", {"format": 1, **facts})
+            write_json(folder / "_opd/run.json", {"format": 1, **facts})
             write_report(folder, tmp_path / "report.html")
 
     def test_the_page_is_written_anew(self, tmp_path: Path):
@@ -238,7 +238,7 @@ class TestAnyState:
         """Three runs of 8,000 lines: the numbers that a picture cannot show are not carried along."""
         folder = write_run(tmp_path / "run", num_steps=1)
         lines = [{"step": s, "logs": {"loss": s / 7, "distill/gap_at/00000-00007": s / 3}} for s in range(8_000)]
-        (folder / "opd/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "_opd/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         data = Page(write_report([folder] * 3, tmp_path / "report.html")).scripts[0]
         assert len(data) < 300_000
 
@@ -260,7 +260,7 @@ class TestCommand:
 
     def test_no_run(self, tmp_path: Path, capsys):
         assert main([str(tmp_path)]) == 2
-        assert "none of opd/run.json, opd/log.jsonl" in capsys.readouterr().err
+        assert "none of _opd/run.json, _opd/log.jsonl" in capsys.readouterr().err
         assert main([str(tmp_path), "--terminal"]) == 2
 
     def test_a_file_that_cannot_be_written(self, tmp_path: Path, capsys):
@@ -308,7 +308,7 @@ class TestTerminal:
 
     def test_a_run_that_has_not_logged(self, tmp_path: Path, monkeypatch, capsys):
         folder = write_run(tmp_path / "run", num_steps=1)
-        (folder / "opd/log.jsonl").write_text("")
+        (folder / "_opd/log.jsonl").write_text("")
         assert "No line is logged yet" in self.summary(folder, monkeypatch, capsys)
 
     def test_colours_in_a_terminal(self, tmp_path: Path):

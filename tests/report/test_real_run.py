@@ -72,5 +72,5 @@ def test_the_page_tells_it(folder: Path):
     (name,) = re.findall(r'id="t-(chart-\d+)">Reverse and forward KL', page.source)
     trace = page.data["figures"][name]["data"][0]
     assert trace["x"] == step and trace["y"] == pytest.approx(value, rel=1e-5)
-    logged = [json.loads(line) for line in (folder / "opd/log.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (folder / "_opd/log.jsonl").read_text().splitlines()]
     assert value == [line["logs"]["distill/reverse_kl"] for line in logged if "distill/reverse_kl" in line["logs"]]

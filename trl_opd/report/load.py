@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 from .state import RunState, state_of_checkpoint, state_of_run
 
-LOOKED_FOR = ("opd/run.json", "opd/log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json")
+LOOKED_FOR = ("_opd/run.json", "_opd/log.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json")
 
 
 class NoRunError(ValueError):
@@ -43,7 +43,7 @@ class Run:
         name (`str`): Of the folder.
         state ([`RunState`]): Running, finished, stopped, failed, ...
         lines (`list[LogLine]`): In the order in which they were logged.
-        info (`dict`): `opd/run.json`; empty for a run without it.
+        info (`dict`): `_opd/run.json`; empty for a run without it.
         alarms (`list[dict]`), findings (`list[dict]`), checks (`list[dict]`): Of the alarms and of the preflight.
         completions (`list[Path]`): Parquet files by step.
         notes (`list[str]`): What could not be read, and what stands in for it.
@@ -91,7 +91,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         [`NoRunError`]: If there is no run in it. The message names what was looked for.
     """
     folder = Path(path)
-    if folder.name == "opd" and _has_record(folder.parent):
+    if folder.name == "_opd" and _has_record(folder.parent):
         folder = folder.parent
     if not folder.is_dir():
         raise NoRunError(f"{str(path)!r} is not a folder. Give the output_dir of a run.")
@@ -113,12 +113,12 @@ def load_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _has_record(folder: Path) -> bool:
-    return any((folder / "opd" / name).is_file() for name in ("run.json", "log.jsonl"))
+    return any((folder / "_opd" / name).is_file() for name in ("run.json", "log.jsonl"))
 
 
 def _load_recorded(folder: Path) -> Run:
     notes: list[str] = []
-    opd = folder / "opd"
+    opd = folder / "_opd"
     info = _object(opd / "run.json", notes)
     status = _object(opd / "status.json", notes)
     findings = _object(opd / "findings.json", notes, required=False)
@@ -179,7 +179,10 @@ def _no_run(folder: Path) -> str:
 
 
 def _completions(folder: Path) -> list[Path]:
-    return sorted(folder.glob("completions/completions_*.parquet"), key=lambda file: (len(file.name), file.name))
+    found: dict[str, Path] = {}
+    for place in ("_opd/completions", "completions"):  # our own, and TRL's completions log with our columns
+        found |= {file.name: file for file in folder.glob(f"{place}/completions_*.parquet")}
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
 
 
 def _object(file: Path, notes: list[str], required: bool = True) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def state_of_run(status: Mapping[str, Any], last_line: float | None, interval: f
     State of a recorded run.
 
     Args:
-        status (`Mapping`): `opd/status.json`.
+        status (`Mapping`): `_opd/status.json`.
         last_line (`float`, *optional*): When its last line was logged, in unix seconds.
         interval (`float`): The longest time between two of its lines, in seconds.
     """
