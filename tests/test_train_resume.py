@@ -249,14 +249,14 @@ def test_never_moves_what_is_there(tmp_path):
     write_config(str(tmp_path), CONFIG)
     for number in (1, 2):
         start = start_of(tmp_path, "never", {"learning_rate": 7})
-        assert start.checkpoint is None and f"earlier.{number}" in start.messages[0]
+        assert start.checkpoint is None and f"_earlier.{number}" in start.messages[0]
         move_aside(start)
-        earlier = tmp_path / f"earlier.{number}"
+        earlier = tmp_path / f"_earlier.{number}"
         assert (earlier / "checkpoint-2" / "model.safetensors").is_file()
         assert not (tmp_path / "checkpoint-2").exists() and (tmp_path / "mine.txt").exists()
         assert last_checkpoint(tmp_path) == (None, [])
         write_checkpoint(tmp_path, 2)
-    assert (tmp_path / "earlier.1" / CONFIG_FILE).is_file() and (tmp_path / "earlier.1" / "_opd").is_dir()
+    assert (tmp_path / "_earlier.1" / CONFIG_FILE).is_file() and (tmp_path / "_earlier.1" / "_opd").is_dir()
     assert start_of(tmp_path / "new", "never").moves == {}
 
 
@@ -352,7 +352,7 @@ def test_another_configuration_and_a_new_beginning(world, tmp_path, capsys):
     assert main([*command, "--max_steps", "2"]) == 0
     assert "resumes after step 1" in capsys.readouterr().out
     assert main([*command, "--divergence", "forward_kl", "--resume", "never"]) == 0
-    assert (tmp_path / "out" / "earlier.1" / "checkpoint-2").is_dir()
+    assert (tmp_path / "out" / "_earlier.1" / "checkpoint-2").is_dir()
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     assert json.loads((tmp_path / "out" / CONFIG_FILE).read_text())["divergence"] == "forward_kl"
 

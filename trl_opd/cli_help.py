@@ -63,7 +63,7 @@ This command's own options:
   --dry-run               check everything, print the plan, load no weights
   --resume auto           go on where a run of the same configuration stopped
                           (the default); never: start anew, and keep what is
-                          there in earlier.N; always: go on in any case
+                          there in _earlier.N; always: go on in any case
   --traceback             where in the code an error arose
   --help-all              all fields, in groups
 

@@ -76,7 +76,7 @@ def decide_start(args: Any, config: Mapping[str, Any], resume: str) -> Start:
         config (`Mapping[str, Any]`): What the run is started with, of [`describe_config`].
         resume (`str`):
             `"auto"`: resume a run of the same configuration, and refuse another's. `"always"`: resume in any case.
-            `"never"`: start anew; what is there is moved to `earlier.1`, `earlier.2`, ...
+            `"never"`: start anew; what is there is moved to `_earlier.1`, `_earlier.2`, ...
 
     Raises:
         ValueError: If there is a checkpoint of another configuration, or the one that was asked for is not there.
@@ -135,8 +135,8 @@ def _anew(folder: Path) -> Start:
         return Start()
     records = [folder / name for name in ("_opd", "completions", CONFIG_FILE)]
     old = [*checkpoints, *(path for path in records if path.exists())]
-    number = next(n for n in range(1, 10**6) if not (folder / f"earlier.{n}").exists())
-    target = folder / f"earlier.{number}"
+    number = next(n for n in range(1, 10**6) if not (folder / f"_earlier.{n}").exists())
+    target = folder / f"_earlier.{number}"
     start = Start(moves={str(path): str(target / path.name) for path in old})
     start.messages.append(f"The checkpoints of the run before are moved to {target}.")
     return start
@@ -261,7 +261,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 def _check_same(folder: Path, checkpoint: Path, config: Mapping[str, Any]) -> None:
     before = _read_config(folder)
     choices = (
-        "Set another output_dir; or --resume never to start anew (what is there is kept, in earlier.N); or --resume "
+        "Set another output_dir; or --resume never to start anew (what is there is kept, in _earlier.N); or --resume "
         "always to go on with these fields all the same."
     )
     if before is None:

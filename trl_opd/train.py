@@ -61,7 +61,7 @@ class OnPolicyDistillScriptArguments(GRPOScriptArguments):
             The dataset's column that holds the prompts, if it is not `prompt`.
         resume (`str`, *optional*, defaults to `"auto"`):
             What becomes of checkpoints in `output_dir`: `"auto"` goes on with a run of the same configuration and
-            refuses another's, `"always"` goes on in any case, `"never"` starts anew and moves them to `earlier.N`.
+            refuses another's, `"always"` goes on in any case, `"never"` starts anew and moves them to `_earlier.N`.
             `resume_from_checkpoint` wins over it.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything that needs no weights, print the plan, and stop.
@@ -90,7 +90,7 @@ class OnPolicyDistillScriptArguments(GRPOScriptArguments):
         default="auto",
         metadata={
             "help": "What becomes of checkpoints in `output_dir`: 'auto' goes on with a run of the same configuration "
-            "and refuses another's, 'always' goes on in any case, 'never' starts anew and keeps them in earlier.N.",
+            "and refuses another's, 'always' goes on in any case, 'never' starts anew and keeps them in _earlier.N.",
             "choices": list(RESUME),
         },
     )
