@@ -132,6 +132,7 @@ def test_evaluation_uses_the_test_split(run):
     ("arguments", "more", "message"),
     [
         (["--divergense", "forward_kl"], {}, "Did you mean 'divergence'"),
+        (["--confg", "run.yaml"], {}, "Did you mean 'config'"),
         ([], {"divergense": "forward_kl"}, "Did you mean 'divergence'"),
         (["--divergence", "forward_k"], {}, "Did you mean 'forward_kl'"),
         ([], {"datasets": []}, "dataset_name or datasets must be given"),

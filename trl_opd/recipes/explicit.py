@@ -134,7 +134,7 @@ class RecipeParser(TrlParser):
     def _explain(self, remaining: list[str]) -> str:
         names = [text.partition("=")[0].lstrip("-").replace("-", "_") for text in remaining if text.startswith("--")]
         if names:
-            return unknown_names(names, self._fields, "The configuration")
+            return unknown_names(names, [*self._fields, "config", "help_all"], "The configuration")
         first = remaining[0]
         if first.endswith((".yaml", ".yml", ".json")):
             return f"Arguments must be named, got {first!r}. Did you mean --config {first}?"
